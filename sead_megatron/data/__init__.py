@@ -1,0 +1,1 @@
+"""Prompts, difficulties, rollouts and the batches made of them."""

@@ -1,0 +1,229 @@
+"""What travels between rollout, scoring, objective and update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from enum import IntEnum
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+
+class Term(IntEnum):
+    """Column of ``Coefficients.weights``; the order of ``sead_kernels.split_kl.COEFFICIENTS``."""
+
+    FORWARD_KL = 0
+    REVERSE_KL = 1
+    ENTROPY = 2
+    LOGPROB = 3
+
+
+class Zone(IntEnum):
+    """Value of ``Coefficients.zones`` (SEAD, arXiv 2606.28562, section 2.3)."""
+
+    A = 0
+    B = 1
+    C = 2
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One training or evaluation prompt; ``token_ids`` is the rendered chat up to the response.
+
+    Raises ValueError when it has no token: nothing could predict the first response token.
+    """
+
+    id: str
+    messages: list[dict[str, str]]
+    answer: str | None
+    domain: str | None
+    token_ids: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.token_ids:
+            raise ValueError(f"prompt {self.id!r} has no tokens")
+
+
+@dataclass(frozen=True, eq=False)
+class Rollout:
+    """One sampled response (shapes: P prompt tokens, R response tokens; R may be 0).
+
+    Attributes:
+        prompt_index: index into the prompt set.
+        prompt_ids: int32 [P], P >= 1.
+        response_ids: int32 [R], the stop token included.
+        logprobs: float32 [R], log probability of each sampled token at the loss' temperature, in nats.
+        entropies: float32 [R], the student's full-vocabulary entropy at the loss' temperature, in nats.
+        finished: False when the response was cut by ``max_new_tokens``.
+        weight_version: version of the student weights that sampled it.
+
+    Raises ValueError for another dtype or shape.
+    """
+
+    prompt_index: int
+    prompt_ids: npt.NDArray[np.int32]
+    response_ids: npt.NDArray[np.int32]
+    logprobs: npt.NDArray[np.float32]
+    entropies: npt.NDArray[np.float32]
+    finished: bool
+    weight_version: int
+
+    def __post_init__(self) -> None:
+        expected = {
+            "prompt_ids": np.int32,
+            "response_ids": np.int32,
+            "logprobs": np.float32,
+            "entropies": np.float32,
+        }
+        for name, dtype in expected.items():
+            array = getattr(self, name)
+            if array.ndim != 1 or array.dtype != dtype:
+                raise ValueError(
+                    f"rollout {name} must be a 1-D {np.dtype(dtype)} array, got {array.dtype} {array.shape}"
+                )
+        if not len(self.prompt_ids):
+            raise ValueError(f"rollout of prompt {self.prompt_index} has an empty prompt")
+        if not len(self.response_ids) == len(self.logprobs) == len(self.entropies):
+            raise ValueError(
+                f"rollout of prompt {self.prompt_index} has {len(self.response_ids)} response tokens, "
+                f"{len(self.logprobs)} logprobs and {len(self.entropies)} entropies"
+            )
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and response together, P + R."""
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenTable:
+    """Statistics of the N response tokens of the global batch, in rollout order, then by position.
+
+    Every rank of the world holds the same table, so that whatever is decided from it is the same everywhere.
+    ``offsets`` is int64 [S+1] on the CPU (host code slices by it): rollout i owns tokens
+    ``offsets[i]:offsets[i+1]``. Every other column is float32 [N], detached, in nats, at the loss' temperature, or None when
+    it was not measured. ``rollout_logprob`` is the engine's, ``student_logprob`` the trainer's, of the sampled
+    token; KL directions: ``forward_kl`` = KL(teacher || student), ``reverse_kl`` = KL(student || teacher).
+
+    Raises ValueError for a wrong dtype, shape or device, or for a column that requires grad.
+    """
+
+    offsets: Tensor
+    student_entropy: Tensor | None = None
+    teacher_entropy: Tensor | None = None
+    forward_kl: Tensor | None = None
+    reverse_kl: Tensor | None = None
+    student_logprob: Tensor | None = None
+    teacher_logprob: Tensor | None = None
+    rollout_logprob: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        offsets = self.offsets
+        on_cpu = offsets.device.type == "cpu"
+        if offsets.dtype != torch.int64 or offsets.ndim != 1 or not len(offsets) or not on_cpu:
+            shape = tuple(offsets.shape)
+            raise ValueError(f"offsets must be int64 [S+1] on the CPU, got {offsets.dtype} {shape}")
+        if int(offsets[0]) != 0 or bool((offsets.diff() < 0).any()):
+            raise ValueError(f"offsets must start at 0 and never decrease, got {offsets.tolist()[:8]}...")
+        device = self.device
+        for name in self.column_names():
+            column: Tensor | None = getattr(self, name)
+            if column is None:
+                continue
+            if column.dtype != torch.float32 or tuple(column.shape) != (self.num_tokens,):
+                actual = f"{column.dtype} {tuple(column.shape)}"
+                raise ValueError(f"column {name} must be float32 [{self.num_tokens}], got {actual}")
+            if column.device != device:
+                raise ValueError(f"column {name} is on {column.device}, another column is on {device}")
+            if column.requires_grad:
+                raise ValueError(f"column {name} requires grad; statistics are detached")
+
+    @classmethod
+    def column_names(cls) -> tuple[str, ...]:
+        """Names of the statistic columns, without ``offsets``."""
+        return tuple(f.name for f in fields(cls) if f.name != "offsets")
+
+    @classmethod
+    def from_rollouts(cls, rollouts: Sequence[Rollout], device: torch.device | str) -> TokenTable:
+        """The global batch with what the engine measured: ``rollout_logprob`` and ``student_entropy``."""
+        lengths = torch.tensor([0] + [len(r.response_ids) for r in rollouts], dtype=torch.int64)
+        empty = np.empty(0, dtype=np.float32)
+        logprobs = np.concatenate([empty, *(r.logprobs for r in rollouts)])
+        entropies = np.concatenate([empty, *(r.entropies for r in rollouts)])
+        return cls(
+            offsets=lengths.cumsum(0),
+            student_entropy=torch.from_numpy(entropies).to(device),
+            rollout_logprob=torch.from_numpy(logprobs).to(device),
+        )
+
+    @property
+    def num_rollouts(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.offsets[-1])
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the columns; the CPU when no column is there."""
+        columns = (getattr(self, name) for name in self.column_names())
+        return next((column.device for column in columns if column is not None), torch.device("cpu"))
+
+    def rollout_slice(self, rollout: int) -> slice:
+        """The range of tokens of one rollout. Raises IndexError when there is no such rollout."""
+        if not 0 <= rollout < self.num_rollouts:
+            raise IndexError(f"rollout {rollout} of {self.num_rollouts}")
+        return slice(int(self.offsets[rollout]), int(self.offsets[rollout + 1]))
+
+    def require(self, name: str) -> Tensor:
+        """The column, or ValueError when it was not measured."""
+        column: Tensor | None = getattr(self, name)
+        if column is None:
+            raise ValueError(f"the token table has no {name}: it must be measured before the coefficients")
+        return column
+
+    def with_columns(self, **columns: Tensor) -> TokenTable:
+        """A table with these columns replaced. Raises ValueError for a name that is no column."""
+        unknown = sorted(set(columns) - set(self.column_names()))
+        if unknown:
+            raise ValueError(f"no such columns: {unknown}; there are {list(self.column_names())}")
+        return replace(self, **columns)
+
+
+@dataclass(frozen=True, eq=False)
+class Coefficients:
+    """What an objective asks of the kernel: ``loss = sum_t weights[t] . (FKL, RKL, H_student, log p_y) /
+    normalizer``.
+
+    Attributes:
+        weights: float32 [N, 4], columns in the order of ``Term``. An all-zero row is dropped from the update.
+        normalizer: > 0, over the global batch, so that the loss does not depend on how the batch is split.
+        zones: int8 [N] of ``Zone`` values, or None for an objective without zones.
+        metrics: what the objective wants logged for this step.
+
+    Raises ValueError for a wrong dtype or shape, weights that require grad, or a normalizer that cannot
+    divide.
+    """
+
+    weights: Tensor
+    normalizer: float
+    zones: Tensor | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        weights, zones = self.weights, self.zones
+        if weights.dtype != torch.float32 or weights.ndim != 2 or weights.shape[1] != len(Term):
+            raise ValueError(
+                f"weights must be float32 [N, {len(Term)}], got {weights.dtype} {tuple(weights.shape)}"
+            )
+        if weights.requires_grad:
+            raise ValueError("weights require grad; coefficients are detached")
+        if not (math.isfinite(self.normalizer) and self.normalizer > 0):
+            raise ValueError(f"normalizer must be finite and positive, got {self.normalizer}")
+        if zones is not None and (zones.dtype != torch.int8 or zones.shape != weights.shape[:1]):
+            raise ValueError(f"zones must be int8 [{len(weights)}], got {zones.dtype} {tuple(zones.shape)}")
