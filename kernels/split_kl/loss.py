@@ -1,0 +1,184 @@
+"""The split-KL loss as one autograd node: pass 1 and the value in forward, pass 2 in backward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .api import check_coefficients, linear_split_kl_grads, linear_stats
+from .state import TokenStats, finalize, merge_tp
+from .tiling import DEFAULT_TILES, TileOptions, VocabShard
+
+
+class SplitKLOutput(NamedTuple):
+    """``loss`` scalar with gradient; ``stats`` of the active rows only; ``active`` their int64 indices."""
+
+    loss: Tensor
+    stats: TokenStats
+    active: Tensor
+
+
+@dataclass(frozen=True)
+class _Settings:
+    shard: VocabShard
+    tp_group: dist.ProcessGroup | None
+    temperature: float
+    options: TileOptions
+    weight_tied: bool
+
+
+def split_kl_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    labels: Tensor,
+    coefficients: Tensor,
+    *,
+    shard: VocabShard,
+    tp_group: dist.ProcessGroup | None,
+    temperature: float = 1.0,
+    options: TileOptions = DEFAULT_TILES,
+    weight_tied: bool = False,
+) -> SplitKLOutput:
+    """sum_t (c_0 KL(q||p)_t + c_1 KL(p||q)_t + c_2 H(p)_t + c_3 ln p_t(y_t)), p the student and q the
+    teacher.
+
+    All terms are of the softmaxes at ``temperature``; there is no factor temperature^2. Rows whose four
+    coefficients are 0 are dropped before any GEMM. The backward pass recomputes the logits tile by tile.
+
+    Args:
+        student_hidden: [T, Hs]. Its gradient is PARTIAL over tensor parallelism: wrap it in Megatron's
+            ``copy_to_tensor_model_parallel_region`` or ``gather_from_sequence_parallel_region``, which
+            reduce.
+        student_weight: [Vl, Hs] output-layer shard. With a ``main_grad`` (Megatron DDP) the gradient is added
+            to it tile by tile and the hook gets the dummy that Megatron's own linear layers return.
+        teacher_hidden: [T, Ht]. teacher_weight: [Vl, Ht], the same vocabulary ids. Constants.
+        labels: [T] int64 global ids; checked on active rows only, so masked positions may hold anything.
+        coefficients: [T, 4] float32, columns ``COEFFICIENTS``, constants. Identical on all tensor-parallel
+            ranks: they decide the active rows, hence the shape of the all_gather.
+        tp_group: the ranks whose shards make up the vocabulary; None for one rank.
+        weight_tied: the weight is also the input embedding in this same autograd graph. With a ``main_grad``
+            the returned gradient is then None, and the embedding's own gradient fires the hook. A dummy would
+            mark the parameter as done and Megatron would drop the embedding's part.
+
+    Raises:
+        ValueError: naming the argument, what it got and what it wanted.
+    """
+    tokens = student_hidden.shape[0]
+    check_coefficients(coefficients, tokens)
+    # The rows of these are selected before the passes check them.
+    for name, tensor in (("teacher_hidden", teacher_hidden), ("labels", labels)):
+        if tensor.shape[:1] != (tokens,):
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}, wanted {tokens} rows like student_hidden"
+            )
+    settings = _Settings(shard, tp_group, temperature, options, weight_tied)
+    loss, stats, active = _SplitKL.apply(
+        student_hidden, student_weight, teacher_hidden, teacher_weight, labels, coefficients, settings
+    )
+    return SplitKLOutput(loss, TokenStats(*stats.unbind(0)), active)
+
+
+def _select(tensor: Tensor, active: Tensor) -> Tensor:
+    """Active rows; the tensor itself where they are all of it."""
+    return tensor if active.numel() == tensor.shape[0] else tensor.index_select(0, active)
+
+
+class _SplitKL(torch.autograd.Function):
+    """Keeps references to its inputs, the active indices and eight numbers per active row."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        teacher_hidden: Tensor,
+        teacher_weight: Tensor,
+        labels: Tensor,
+        coefficients: Tensor,
+        settings: _Settings,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        active = coefficients.any(dim=1).nonzero()[:, 0]
+        state = linear_stats(
+            _select(student_hidden, active),
+            student_weight,
+            _select(teacher_hidden, active),
+            teacher_weight,
+            _select(labels, active),
+            shard=settings.shard,
+            temperature=settings.temperature,
+            options=settings.options,
+        )
+        # Without a row nothing is communicated, on no rank: all of them see the same coefficients.
+        stats = finalize(merge_tp(state, settings.tp_group) if active.numel() else state)
+        terms = torch.stack(
+            [stats.forward_kl, stats.reverse_kl, stats.student_entropy, stats.student_logprob], dim=1
+        )
+        loss = (_select(coefficients, active) * terms).sum()
+        packed = torch.stack(stats)
+        ctx.save_for_backward(
+            student_hidden,
+            student_weight,
+            teacher_hidden,
+            teacher_weight,
+            labels,
+            coefficients,
+            active,
+            packed,
+        )
+        # The parameter itself: a saved tensor may come back as another object, without main_grad.
+        ctx.weight = student_weight
+        ctx.settings = settings
+        ctx.mark_non_differentiable(packed, active)
+        return loss, packed, active
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, teacher_hidden, teacher_weight, labels, coefficients, active, packed = (
+            ctx.saved_tensors
+        )
+        settings: _Settings = ctx.settings
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        main_grad = getattr(ctx.weight, "main_grad", None) if wants_weight else None
+        hidden_grad = torch.zeros_like(hidden) if wants_hidden else None
+        weight_grad = None
+        if active.numel():
+            rows_grad, weight_grad = linear_split_kl_grads(
+                _select(hidden, active),
+                weight,
+                _select(teacher_hidden, active),
+                teacher_weight,
+                _select(labels, active),
+                TokenStats(*packed.unbind(0)),
+                _select(coefficients, active) * grad_loss,
+                shard=settings.shard,
+                temperature=settings.temperature,
+                options=settings.options,
+                weight_grad=main_grad,
+                weight_requires_grad=wants_weight,
+            )
+            if hidden_grad is not None:
+                hidden_grad.index_copy_(0, active, rows_grad.to(hidden.dtype))
+        if wants_weight and main_grad is not None:
+            weight_grad = None if settings.weight_tied else _dummy_gradient(ctx.weight)
+        elif wants_weight and weight_grad is None:
+            weight_grad = torch.zeros_like(weight)
+        return hidden_grad, weight_grad, None, None, None, None, None
+
+
+def _dummy_gradient(weight: Tensor) -> Tensor:
+    """What fires the hook of a parameter whose gradient is already in ``main_grad``, and marks it so.
+
+    Follows ``LinearWithGradAccumulationAndAsyncCommunication.backward`` of megatron-core 0.16.1: DDP's hook
+    wants a gradient to exist (overlap_grad_reduce asserts it) and does not read it, unless ``zero_out_wgrad``
+    makes it. Without DDP's flag there is no such hook, and the dummy must be harmless to whoever reads
+    ``weight.grad``.
+    """
+    unread = hasattr(weight, "grad_added_to_main_grad") and not getattr(weight, "zero_out_wgrad", False)
+    setattr(weight, "grad_added_to_main_grad", True)  # noqa: B010
+    return torch.empty_like(weight) if unread else torch.zeros_like(weight)

@@ -1,0 +1,111 @@
+"""Dense float64 oracle of everything in this package. Materialises [T, V]; for tests only.
+
+Weights are those of the whole vocabulary, with the padding rows, if any, at the end. ``dense_loss`` is built
+from ``log_softmax`` alone, for torch autograd; ``dense_stats`` and ``dense_gradients`` are the closed
+formulas.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .state import TokenStats
+
+
+def _logits(hidden: Tensor, weight: Tensor, valid: int, temperature: float) -> Tensor:
+    return hidden.double() @ weight[:valid].double().t() / temperature
+
+
+def dense_stats(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    labels: Tensor,
+    *,
+    valid: int,
+    temperature: float = 1.0,
+) -> TokenStats:
+    """Every statistic of each token, [T] float64."""
+    student = _logits(student_hidden, student_weight, valid, temperature)
+    teacher = _logits(teacher_hidden, teacher_weight, valid, temperature)
+    student_lse, teacher_lse = student.logsumexp(-1), teacher.logsumexp(-1)
+    log_p, log_q = student - student_lse[:, None], teacher - teacher_lse[:, None]
+    p, q = log_p.exp(), log_q.exp()
+    return TokenStats(
+        student_lse=student_lse,
+        teacher_lse=teacher_lse,
+        student_entropy=-(p * log_p).sum(-1),
+        teacher_entropy=-(q * log_q).sum(-1),
+        forward_kl=(q * (log_q - log_p)).sum(-1),
+        reverse_kl=(p * (log_p - log_q)).sum(-1),
+        student_logprob=log_p.gather(1, labels[:, None])[:, 0],
+        teacher_logprob=log_q.gather(1, labels[:, None])[:, 0],
+    )
+
+
+def dense_gradients(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    labels: Tensor,
+    coefficients: Tensor,
+    *,
+    valid: int,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """(dh [T, Hs], dW [V, Hs]) float64 of ``dense_loss`` by the closed formulas, padding rows of dW zero."""
+    log_p = _logits(student_hidden, student_weight, valid, temperature).log_softmax(-1)
+    log_q = _logits(teacher_hidden, teacher_weight, valid, temperature).log_softmax(-1)
+    p, q = log_p.exp(), log_q.exp()
+    reverse_kl = (p * (log_p - log_q)).sum(-1, keepdim=True)
+    entropy = -(p * log_p).sum(-1, keepdim=True)
+    sampled = torch.zeros_like(p).scatter_(1, labels[:, None], 1.0)
+    c_forward, c_reverse, c_entropy, c_logprob = coefficients.double()[:, :, None].unbind(1)
+    dz = (
+        c_forward * (p - q)
+        + c_reverse * p * (log_p - log_q - reverse_kl)
+        - c_entropy * p * (log_p + entropy)
+        + c_logprob * (sampled - p)
+    ) / temperature
+    weight_gradient = torch.zeros(student_weight.shape, dtype=torch.float64)
+    weight_gradient[:valid] = dz.t() @ student_hidden.double()
+    return dz @ student_weight[:valid].double(), weight_gradient
+
+
+def dense_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    labels: Tensor,
+    coefficients: Tensor,
+    *,
+    valid: int,
+    temperature: float = 1.0,
+) -> Tensor:
+    """The loss as a scalar that torch autograd differentiates; the coefficients are constants."""
+    log_p = _logits(student_hidden, student_weight, valid, temperature).log_softmax(-1)
+    log_q = _logits(teacher_hidden, teacher_weight, valid, temperature).log_softmax(-1).detach()
+    p, q = log_p.exp(), log_q.exp()
+    terms = torch.stack(
+        [
+            (q * (log_q - log_p)).sum(-1),
+            (p * (log_p - log_q)).sum(-1),
+            -(p * log_p).sum(-1),
+            log_p.gather(1, labels[:, None])[:, 0],
+        ],
+        dim=1,
+    )
+    return (coefficients.double() * terms).sum()
+
+
+def dense_topk_entropy(
+    hidden: Tensor, weight: Tensor, topk: int, *, valid: int, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """(entropy of the K most likely tokens and one bucket for the rest [T], that bucket's mass [T])."""
+    q = _logits(hidden, weight, valid, temperature).log_softmax(-1).exp().sort(dim=-1, descending=True).values
+    tail = q[:, topk:].sum(-1)
+    return torch.special.entr(q[:, :topk]).sum(-1) + torch.special.entr(tail), tail

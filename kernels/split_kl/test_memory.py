@@ -1,0 +1,87 @@
+"""No operation of a whole step produces a tensor of T * V / 8 elements, counted at the dispatcher.
+
+T * V_local is what a logits tensor has; the tiles here are 1/64 of it. The weight's gradient [V, H] and the
+hidden states' [T, H] are counted too: H is small enough that they stay below. The dense oracle is the
+positive control.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sead_kernels.split_kl import TileOptions, linear_entropy, split_kl_loss
+from sead_kernels.split_kl.reference import dense_loss
+from sead_kernels.split_kl.testing import Problem, make_problem
+from torch.nn import Parameter
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+TOKENS, VOCABULARY, WIDTH = 256, 2048, 16
+TILES = TileOptions(tokens=32, vocab=256)
+
+
+class LargestOutput(TorchDispatchMode):
+    """Records the largest element count of any operator's output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self.numel = max(self.numel, leaf.numel())
+        return result
+
+
+def problem_and_leaves(dtype: torch.dtype) -> tuple[Problem, Parameter, torch.Tensor]:
+    problem = make_problem(
+        tokens=TOKENS,
+        valid=VOCABULARY - 5,
+        padded=VOCABULARY,
+        student_width=WIDTH,
+        teacher_width=WIDTH,
+        dtype=dtype,
+    )
+    return problem, Parameter(problem.student_weight), problem.student_hidden.requires_grad_()
+
+
+def step(dtype: torch.dtype) -> int:
+    problem, weight, hidden = problem_and_leaves(dtype)
+    with LargestOutput() as largest:
+        linear_entropy(
+            problem.teacher_hidden,
+            problem.teacher_weight,
+            problem.labels,
+            shard=problem.shard(),
+            topk=8,
+            options=TILES,
+        )
+        split_kl_loss(
+            hidden,
+            weight,
+            problem.teacher_hidden,
+            problem.teacher_weight,
+            problem.labels,
+            problem.coefficients,
+            shard=problem.shard(),
+            tp_group=None,
+            options=TILES,
+        ).loss.backward()
+    assert weight.grad is not None and bool(weight.grad.any())
+    return largest.numel
+
+
+def test_largest_temporary_is_far_below_the_logits() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        assert step(dtype) < TOKENS * VOCABULARY / 8
+
+
+def test_the_trace_sees_the_logits_of_the_dense_loss() -> None:
+    problem, weight, hidden = problem_and_leaves(torch.float32)
+    inputs = (hidden, weight, problem.teacher_hidden, problem.teacher_weight, problem.labels)
+    with LargestOutput() as largest:
+        dense_loss(*inputs, problem.coefficients, valid=problem.valid).backward()
+    assert largest.numel >= TOKENS * problem.valid

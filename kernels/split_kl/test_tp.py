@@ -1,0 +1,42 @@
+"""Tensor parallelism over real process groups (gloo): same bits on all ranks, same numbers as one rank.
+
+The limit is the 1e-5 of float32 in test_stats.py: shards only add merges. Bits are compared because zones are
+drawn from the statistics, and ranks that drew different zones would disagree about the active rows.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as multiprocessing
+from sead_kernels.split_kl import finalize
+from sead_kernels.split_kl.reference import dense_gradients, dense_loss, dense_stats, dense_topk_entropy
+from sead_kernels.split_kl.testing import make_problem, relative_error, tensor_parallel_rank
+from torch import Tensor
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_agree_bitwise_and_with_the_oracle(ranks: int, tmp_path: Path) -> None:
+    multiprocessing.spawn(tensor_parallel_rank, args=(ranks, str(tmp_path)), nprocs=ranks)
+    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(ranks)]
+    shared: dict[str, Tensor] = results[0]["shared"]
+    for result in results[1:]:
+        for name, value in shared.items():
+            assert torch.equal(value, result["shared"][name]), name
+    problem = make_problem()
+    expected = dense_stats(*problem.inputs(), valid=problem.valid)
+    for name, value in finalize(shared["state"])._asdict().items():
+        assert float((value - getattr(expected, name)).abs().max()) <= 1e-5, name
+    for topk in (0, 40):
+        assert float((shared[f"{topk}.entropy"] - expected.teacher_entropy).abs().max()) <= 1e-5
+    topk_entropy, _ = dense_topk_entropy(
+        problem.teacher_hidden, problem.teacher_weight, 40, valid=problem.valid
+    )
+    assert float((shared["40.topk_entropy"] - topk_entropy).abs().max()) <= 1e-5
+    loss = dense_loss(*problem.inputs(), problem.coefficients, valid=problem.valid)
+    assert shared["loss"].item() == pytest.approx(float(loss), rel=1e-5)
+    dh, dw = dense_gradients(*problem.inputs(), problem.coefficients, valid=problem.valid)
+    assert relative_error(sum(result["dh"] for result in results), dh) <= 1e-5
+    assert relative_error(torch.cat([result["dw"] for result in results]), dw) <= 1e-5

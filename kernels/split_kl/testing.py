@@ -1,0 +1,158 @@
+"""Seeded problems that the tests of this package share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Parameter
+
+from .api import linear_entropy, linear_stats
+from .loss import split_kl_loss
+from .state import finalize_entropy, merge, merge_tp
+from .tiling import TileOptions, VocabShard
+
+# Divides none of the test shapes: every loop ends with a ragged tile.
+SMALL_TILES = TileOptions(tokens=7, vocab=24)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Student and teacher of different widths; weights hold ``valid`` rows and then padding."""
+
+    student_hidden: Tensor
+    student_weight: Tensor
+    teacher_hidden: Tensor
+    teacher_weight: Tensor
+    labels: Tensor
+    coefficients: Tensor
+    valid: int
+
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return self.student_hidden, self.student_weight, self.teacher_hidden, self.teacher_weight, self.labels
+
+    def shard(self) -> VocabShard:
+        return VocabShard(start=0, valid=self.valid)
+
+    def local(self, rank: int, ranks: int) -> tuple[Problem, VocabShard]:
+        """What one of ``ranks`` tensor-parallel ranks holds."""
+        rows = self.student_weight.shape[0] // ranks
+        mine = slice(rank * rows, (rank + 1) * rows)
+        local = replace(
+            self,
+            student_weight=self.student_weight[mine].clone(),
+            teacher_weight=self.teacher_weight[mine].clone(),
+        )
+        return local, VocabShard(start=rank * rows, valid=self.valid)
+
+
+def make_problem(
+    *,
+    tokens: int = 19,
+    valid: int = 117,
+    padded: int = 128,
+    student_width: int = 16,
+    teacher_width: int = 24,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Problem:
+    """Logits of standard deviation about 2. Padding rows are large: one that is not masked is seen at once.
+
+    Coefficients use all four columns, have negative entries and, in every third row, are all zero.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    student_weight, teacher_weight = normal(padded, student_width) / 2, normal(padded, teacher_width) / 2.4
+    student_weight[valid:] *= 50
+    teacher_weight[valid:] *= 50
+    coefficients = normal(tokens, 4)
+    coefficients[::3] = 0
+    return Problem(
+        student_hidden=normal(tokens, student_width).to(dtype),
+        student_weight=student_weight.to(dtype),
+        teacher_hidden=normal(tokens, teacher_width).to(dtype),
+        teacher_weight=teacher_weight.to(dtype),
+        labels=torch.randint(0, valid, (tokens,), generator=generator),
+        coefficients=coefficients.float(),
+        valid=valid,
+    )
+
+
+def merged_state(
+    problem: Problem, ranks: int, *, temperature: float = 1.0, options: TileOptions = SMALL_TILES
+) -> Tensor:
+    """The state over all shards, folded in rank order in this process."""
+    states = []
+    for rank in range(ranks):
+        local, shard = problem.local(rank, ranks)
+        states.append(linear_stats(*local.inputs(), shard=shard, temperature=temperature, options=options))
+    merged = states[0]
+    for state in states[1:]:
+        merged = merge(merged, state)
+    return merged
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """max |actual - expected| / max |expected|."""
+    return float((actual.double() - expected.double()).abs().max() / expected.double().abs().max())
+
+
+def tensor_parallel_rank(rank: int, ranks: int, directory: str) -> None:
+    """Process ``rank`` of test_tp.py: save to ``directory`` what its shard gave, and its gradients.
+
+    Lives here because a spawned process imports its target by name, and a test module's name depends on the
+    runner.
+    """
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=ranks)
+    group = dist.group.WORLD
+    problem, shard = make_problem().local(rank, ranks)
+    state = merge_tp(linear_stats(*problem.inputs(), shard=shard, options=SMALL_TILES), group)
+    entropy = {}
+    for topk in (0, 40):
+        part = linear_entropy(
+            problem.teacher_hidden,
+            problem.teacher_weight,
+            problem.labels,
+            shard=shard,
+            topk=topk,
+            options=SMALL_TILES,
+        )
+        entropy[topk] = finalize_entropy(merge_tp(part, group))
+    weight, hidden = Parameter(problem.student_weight), problem.student_hidden.requires_grad_()
+    output = split_kl_loss(
+        hidden,
+        weight,
+        problem.teacher_hidden,
+        problem.teacher_weight,
+        problem.labels,
+        problem.coefficients,
+        shard=shard,
+        tp_group=group,
+        options=SMALL_TILES,
+    )
+    output.loss.backward()
+    # Nothing active anywhere: no rank may wait for another one.
+    empty = split_kl_loss(
+        hidden,
+        weight,
+        problem.teacher_hidden,
+        problem.teacher_weight,
+        problem.labels,
+        torch.zeros_like(problem.coefficients),
+        shard=shard,
+        tp_group=group,
+        options=SMALL_TILES,
+    )
+    empty.loss.backward()
+    shared = {"state": state, "loss": output.loss.detach(), "active": output.active}
+    shared |= {f"stats.{name}": value for name, value in output.stats._asdict().items()}
+    for topk, stats in entropy.items():
+        shared |= {f"{topk}.{name}": value for name, value in stats._asdict().items() if value is not None}
+    torch.save({"shared": shared, "dh": hidden.grad, "dw": weight.grad}, f"{directory}/{rank}.pt")
+    dist.destroy_process_group()

@@ -1,0 +1,161 @@
+"""`python -m sead_megatron train CONFIG [key=value ...]` and `python -m sead_megatron check CONFIG
+--world-size N`.
+
+This file is the process boundary: the only place that catches errors it did not expect.
+"""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from sead_megatron import __version__
+from sead_megatron.config import TrainConfig, check_config, load_config
+from sead_megatron.errors import UserError, alternatives
+from sead_megatron.rollout.environment import prepare_environment
+
+USER_ERROR = 2
+_HELP = "run `python -m sead_megatron --help`"
+_MULTI_NODE_OPTIONS = (
+    "nnodes",
+    "node_rank",
+    "master_addr",
+    "master_port",
+    "rdzv_backend",
+    "rdzv_endpoint",
+    "rdzv_id",
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports its errors like every other user error: one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError("command line", None, message, f"run `{self.prog} --help`")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one subcommand; the exit code. A user's mistake is one line on stderr and exit code 2."""
+    try:
+        return _command(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+
+
+def _command(arguments: Sequence[str]) -> int:
+    commands: dict[str, Callable[[Sequence[str]], int]] = {"train": _train, "check": _check}
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(f"{__doc__.split(chr(10))[0]}\n\nEach has --help.")
+        return 0
+    if arguments[0] == "--version":
+        print(__version__)
+        return 0
+    if arguments[0] not in commands:
+        raise UserError("command", arguments[0], f"must be {alternatives(list(commands))}", _HELP)
+    return commands[arguments[0]](arguments[1:])
+
+
+def _parser(command: str, description: str) -> _Parser:
+    parser = _Parser(prog=f"python -m sead_megatron {command}", description=description)
+    parser.add_argument("config", help="YAML configuration")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="for example student.parallel.tensor=2"
+    )
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)
+
+
+def _check(arguments: Sequence[str]) -> int:
+    parser = _parser("check", "Check a configuration and its input files as for a run of N processes.")
+    parser.add_argument("--world-size", type=_positive, required=True, metavar="N")
+    options = parser.parse_intermixed_args(arguments)
+    print(_load_and_check(options, options.world_size)[1])
+    return 0
+
+
+def _load_and_check(options: argparse.Namespace, world_size: int) -> tuple[TrainConfig, str]:
+    """The configuration, and its summary."""
+    config = load_config(options.config, options.overrides)
+    return config, check_config(config, world_size).summary(config.curriculum.name)
+
+
+def _train(arguments: Sequence[str]) -> int:
+    parser = _parser("train", "Train. Outside torchrun, starts torchrun with --nproc-per-node processes.")
+    parser.add_argument("--nproc-per-node", type=_positive, default=1, metavar="N")
+    parser.add_argument(
+        "--nnodes", type=_positive, metavar="N", help="this and the following go to torchrun as they are"
+    )
+    for option in _MULTI_NODE_OPTIONS[1:]:
+        parser.add_argument(f"--{option.replace('_', '-')}")
+    options = parser.parse_intermixed_args(arguments)
+    if "RANK" in os.environ:
+        return _train_rank(options)
+    config, summary = _load_and_check(options, options.nproc_per_node * (options.nnodes or 1))
+    print(f"{summary}\nrun directory {config.run_dir}", flush=True)
+    os.execv(sys.executable, _torchrun(options))
+
+
+def _torchrun(options: argparse.Namespace) -> list[str]:
+    """The command that becomes this process. One node needs no address: --standalone picks a free port."""
+    several_nodes = {
+        name: getattr(options, name) for name in _MULTI_NODE_OPTIONS if getattr(options, name) is not None
+    }
+    rendezvous = [f"--{name.replace('_', '-')}={value}" for name, value in several_nodes.items()]
+    return [
+        *(sys.executable, "-m", "torch.distributed.run"),
+        *(rendezvous or ["--standalone"]),
+        f"--nproc-per-node={options.nproc_per_node}",
+        *("-m", "sead_megatron", "train", options.config, *options.overrides),
+    ]
+
+
+def _train_rank(options: argparse.Namespace) -> int:
+    """One rank of the torchrun world.
+
+    A rank that fails leaves without running destructors: those of process groups and engines wait for peers
+    that wait for this rank. torchrun sees the exit code and ends the whole job.
+    """
+    speaks = os.environ.get("LOCAL_RANK", "0") == "0"
+    try:
+        config, _ = _load_and_check(options, int(os.environ["WORLD_SIZE"]))
+    except UserError as error:  # the same on every rank: one of them says it
+        if speaks:
+            print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    prepare_environment(on_cpu=config.device == "cpu")
+    try:
+        from sead_megatron import train
+
+        train.main(config)
+    except UserError as error:  # maybe on this rank only
+        print(f"error: {error}" if speaks else f"error: rank {os.environ['RANK']}: {error}", file=sys.stderr)
+        _leave(USER_ERROR)
+    except KeyboardInterrupt:
+        _leave(130)
+    except Exception:
+        traceback.print_exc()
+        _leave(1)
+    return 0
+
+
+def _leave(code: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def command_line() -> int:
+    """The console script `sead-megatron`."""
+    return main(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(command_line())

@@ -1,0 +1,54 @@
+"""Every check of a configuration that is possible before anything heavy is imported."""
+
+from dataclasses import dataclass
+
+from sead_megatron.config.checks_fields import check_fields, check_model_limits
+from sead_megatron.config.checks_inputs import check_inputs
+from sead_megatron.config.checks_layout import check_layouts
+from sead_megatron.config.schema import TrainConfig
+from sead_megatron.models.hf_config import read_hf_config
+from sead_megatron.parallel.layout import Layout
+
+
+@dataclass(frozen=True)
+class CheckedRun:
+    """What the checks found out on their way."""
+
+    student: Layout
+    teacher: Layout
+    engine_tensor_parallel: int
+    prompts: int
+    epochs: float
+    """Passes over the training prompts in the whole run."""
+
+    def summary(self, curriculum: str) -> str:
+        """The run in a few lines, for people."""
+        world = self.student.world
+        lines = [
+            f"world size {world}: student {self.student}, teacher {self.teacher}, "
+            f"{world // self.engine_tensor_parallel} engines of TP{self.engine_tensor_parallel}",
+            f"{self.prompts} prompts, {self.epochs:.2f} epochs, curriculum {curriculum}",
+        ]
+        if curriculum == "sorted_noise" and self.epochs > 1:
+            lines.append(
+                "note: sorted_noise starts every further epoch from easy prompts again, sorted with new noise"
+            )
+        return "\n".join(lines)
+
+
+def check_config(config: TrainConfig, world_size: int) -> CheckedRun:
+    """Check the fields, the layouts on `world_size` ranks and the files. Raises UserError for the first
+    mistake."""
+    check_fields(config)
+    student = read_hf_config(config.student.path, "student.path")
+    teacher = read_hf_config(config.teacher.path, "teacher.path")
+    check_model_limits(config, student, teacher)
+    student_layout, teacher_layout = check_layouts(config, world_size, student, teacher)
+    prompts = check_inputs(config)
+    return CheckedRun(
+        student_layout,
+        teacher_layout,
+        config.rollout.tensor_parallel,
+        prompts,
+        config.steps * config.data.prompts_per_step / prompts,
+    )

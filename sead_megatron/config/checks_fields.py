@@ -1,0 +1,133 @@
+"""Do the fields agree with each other and with the models' config.json? No file is opened here."""
+
+from sead_megatron.config.objective import SeadObjective
+from sead_megatron.config.schema import TrainConfig
+from sead_megatron.errors import UserError
+from sead_megatron.models.hf_config import HFConfig
+
+
+def check_fields(config: TrainConfig) -> None:
+    """Everything that two or more fields decide together. Raises UserError for the first contradiction."""
+    _check_lengths(config)
+    _check_evaluation(config)
+    _check_curriculum(config)
+    _check_optimizer(config)
+    if isinstance(config.objective, SeadObjective):
+        _check_sead(config.objective, config.steps)
+    if config.device == "cpu" and config.rollout.kv_cache_gib is None:
+        raise UserError("rollout.kv_cache_gib", None, "required with device: cpu", "use for example 1.0")
+
+
+def check_model_limits(config: TrainConfig, student: HFConfig, teacher: HFConfig) -> None:
+    """Everything that a field and a model's config.json decide together, layouts aside. Raises UserError."""
+    for name, model in (("student", student), ("teacher", teacher)):
+        if config.rollout.max_model_len > model.max_position_embeddings:
+            raise UserError(
+                "rollout.max_model_len",
+                config.rollout.max_model_len,
+                f"must be at most the {name}'s max_position_embeddings ({model.max_position_embeddings})",
+                "shorten it, and rollout.max_new_tokens with it",
+            )
+    objective = config.objective
+    if (
+        isinstance(objective, SeadObjective)
+        and objective.teacher_entropy == "topk"
+        and objective.teacher_topk > teacher.vocab_size
+    ):
+        raise UserError(
+            "objective.teacher_topk",
+            objective.teacher_topk,
+            f"must be at most the teacher's vocab_size ({teacher.vocab_size})",
+            "use for example 64",
+        )
+
+
+def _check_lengths(config: TrainConfig) -> None:
+    rollout, batch = config.rollout, config.batch
+    if rollout.max_model_len <= rollout.max_new_tokens:
+        raise UserError(
+            "rollout.max_model_len",
+            rollout.max_model_len,
+            f"must be greater than max_new_tokens ({rollout.max_new_tokens}): it holds the prompt too",
+            "add the tokens of the longest prompt",
+        )
+    if batch.max_tokens_per_microbatch < rollout.max_model_len:
+        raise UserError(
+            "batch.max_tokens_per_microbatch",
+            batch.max_tokens_per_microbatch,
+            f"must be at least rollout.max_model_len ({rollout.max_model_len}): a sequence is never cut",
+            f"use at least {rollout.max_model_len}",
+        )
+
+
+def _check_evaluation(config: TrainConfig) -> None:
+    evaluation = config.evaluation
+    if evaluation.every and evaluation.prompts is None:
+        raise UserError(
+            "evaluation.every", evaluation.every, "needs evaluation.prompts", "set it, or use every: 0"
+        )
+    if config.evaluation_max_new_tokens >= config.rollout.max_model_len:
+        raise UserError(
+            "evaluation.max_new_tokens",
+            evaluation.max_new_tokens,
+            f"must be less than rollout.max_model_len ({config.rollout.max_model_len}): it holds prompts too",
+            "shorten it",
+        )
+
+
+def _check_curriculum(config: TrainConfig) -> None:
+    curriculum = config.curriculum
+    if curriculum.name != "uniform" and curriculum.difficulty is None:
+        raise UserError(
+            "curriculum.difficulty",
+            None,
+            f"required with curriculum.name {curriculum.name}",
+            "estimate difficulties, or use name: uniform",
+        )
+    final = curriculum.c0 * 2**curriculum.power
+    if curriculum.name == "competence" and final < 1:
+        raise UserError(
+            "curriculum.c0",
+            curriculum.c0,
+            f"times 2^power must reach 1 (it is {final:g}), or the hardest prompts are never eligible",
+            f"use at least {2**-curriculum.power:g}",
+        )
+
+
+def _check_optimizer(config: TrainConfig) -> None:
+    optimizer = config.optimizer
+    if optimizer.warmup_steps >= config.steps:
+        raise UserError(
+            "optimizer.warmup_steps",
+            optimizer.warmup_steps,
+            f"must be less than steps ({config.steps})",
+            "shorten the warm-up",
+        )
+    if optimizer.min_lr > optimizer.lr:
+        raise UserError(
+            "optimizer.min_lr",
+            optimizer.min_lr,
+            f"must be at most lr ({optimizer.lr:g})",
+            "lower it or raise lr",
+        )
+
+
+def _check_sead(objective: SeadObjective, steps: int) -> None:
+    zones = objective.zones
+    total = zones.a + zones.b + zones.c
+    if abs(total - 100) > 1e-9:
+        raise UserError(
+            "objective.zones",
+            zones.model_dump(),
+            f"must sum to 100 (they sum to {total:g})",
+            f"use for example b: {100 - zones.a - zones.c:g}"
+            if zones.a + zones.c <= 100
+            else "use a: 50, b: 40, c: 10",
+        )
+    if objective.zone_mode == "absolute" and objective.absolute_after >= steps:
+        raise UserError(
+            "objective.absolute_after",
+            objective.absolute_after,
+            f"must be less than steps ({steps}), or the thresholds are never frozen",
+            "lower it, or use zone_mode: percentile",
+        )

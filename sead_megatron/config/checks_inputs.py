@@ -1,0 +1,61 @@
+"""Do the files that the configuration names hold what a run needs? Headers and text only, no tensor is
+read."""
+
+from pathlib import Path
+
+from sead_megatron.config.schema import TrainConfig
+from sead_megatron.data.difficulty import read_difficulties
+from sead_megatron.data.prompts import read_prompts
+from sead_megatron.errors import UserError
+from sead_megatron.models.safetensors_index import read_index
+from sead_megatron.models.tokenizer_files import check_same_tokenizer
+
+
+def check_inputs(config: TrainConfig) -> int:
+    """The number of training prompts. Raises UserError for the first file that is missing or wrong."""
+    if Path(config.run_dir).exists() and not Path(config.run_dir).is_dir():
+        raise UserError("run_dir", config.run_dir, "exists and is not a directory", "give another path")
+    _check_tokenizers(config)
+    prompts = _check_prompts(config)
+    for directory in (config.student.path, config.teacher.path):
+        read_index(directory)
+    return prompts
+
+
+def _check_tokenizers(config: TrainConfig) -> None:
+    if config.tokenizer is None:
+        check_same_tokenizer(config.student.path, config.teacher.path)
+    else:
+        if not Path(config.tokenizer).is_dir():
+            raise UserError(
+                "tokenizer", config.tokenizer, "no such directory", "give a local tokenizer directory"
+            )
+        check_same_tokenizer(config.tokenizer, config.student.path, "tokenizer", "student.path")
+        check_same_tokenizer(config.tokenizer, config.teacher.path, "tokenizer", "teacher.path")
+        check_same_tokenizer(config.student.path, config.teacher.path)
+
+
+def _check_prompts(config: TrainConfig) -> int:
+    prompts = read_prompts(config.data.prompts)
+    per_step = config.data.prompts_per_step
+    if per_step > len(prompts):
+        raise UserError(
+            "data.prompts_per_step",
+            per_step,
+            f"must be at most the number of prompts ({len(prompts)}), or a step repeats a prompt",
+            f"use at most {len(prompts)}",
+        )
+    if config.curriculum.difficulty is not None:
+        read_difficulties(config.curriculum.difficulty, [prompt.id for prompt in prompts])
+    if config.evaluation.prompts is not None:
+        held_out = read_prompts(config.evaluation.prompts, "evaluation.prompts")
+        unanswered = [prompt.id for prompt in held_out if prompt.answer is None]
+        if unanswered:
+            some = ", ".join(unanswered[:3]) + (", ..." if len(unanswered) > 3 else "")
+            raise UserError(
+                "evaluation.prompts",
+                config.evaluation.prompts,
+                f"{len(unanswered)} of {len(held_out)} prompts have no answer to grade by: {some}",
+                "add answers or remove these prompts",
+            )
+    return len(prompts)

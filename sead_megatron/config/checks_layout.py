@@ -1,0 +1,104 @@
+"""Do the layouts fit the world and the models? Rank arithmetic only."""
+
+from sead_megatron.config.schema import ParallelConfig, TrainConfig
+from sead_megatron.errors import UserError, alternatives
+from sead_megatron.models.hf_config import HFConfig
+from sead_megatron.parallel.layout import Layout, check_nested
+
+
+def check_layouts(
+    config: TrainConfig, world_size: int, student: HFConfig, teacher: HFConfig
+) -> tuple[Layout, Layout]:
+    """The layouts of student and teacher. Raises UserError for the first that cannot be."""
+    layouts = (
+        _model_layout("student.parallel", config.student.parallel, student, world_size),
+        _model_layout("teacher.parallel", config.teacher.parallel, teacher, world_size),
+    )
+    check_nested(*layouts)
+    _check_engine(config.rollout.tensor_parallel, student, world_size)
+    _check_sequences(config, layouts[0].data)
+    return layouts
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def _model_layout(what: str, parallel: ParallelConfig, model: HFConfig, world_size: int) -> Layout:
+    tensor, pipeline = parallel.tensor, parallel.pipeline
+    dimensions = {
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.num_key_value_heads,
+        "intermediate_size": model.ffn_hidden_size,
+    }
+    possible = [size for size in _divisors(model.num_key_value_heads) if model.ffn_hidden_size % size == 0]
+    for name, dimension in dimensions.items():
+        if dimension % tensor:
+            raise UserError(
+                f"{what}.tensor", tensor, f"must divide {name} ({dimension})", f"use {alternatives(possible)}"
+            )
+    if model.num_layers % pipeline:
+        raise UserError(
+            f"{what}.pipeline",
+            pipeline,
+            f"must divide num_hidden_layers ({model.num_layers})",
+            f"use {alternatives(_divisors(model.num_layers))}",
+        )
+    if world_size % (tensor * pipeline):
+        blocks = [
+            f"{t} x {p}" for t in possible for p in _divisors(model.num_layers) if world_size % (t * p) == 0
+        ]
+        raise UserError(
+            f"{what} tensor * pipeline",
+            tensor * pipeline,
+            f"must divide the world size ({world_size})",
+            f"launch a multiple of {tensor * pipeline} processes, or use {alternatives(blocks)}",
+        )
+    if parallel.sequence and tensor == 1:
+        raise UserError(f"{what}.sequence", True, "needs tensor > 1", "leave it out or raise tensor")
+    return Layout(tensor, pipeline, world_size)
+
+
+def _check_engine(tensor: int, student: HFConfig, world_size: int) -> None:
+    """vLLM's rules: heads and FFN are cut evenly; KV heads are cut evenly, or each is held by several
+    ranks."""
+    heads, key_value_heads = student.num_attention_heads, student.num_key_value_heads
+
+    def fits(size: int) -> bool:
+        return (
+            world_size % size == 0
+            and heads % size == 0
+            and student.ffn_hidden_size % size == 0
+            and (key_value_heads % size == 0 or size % key_value_heads == 0)
+        )
+
+    if fits(tensor):
+        return
+    if world_size % tensor:
+        constraint = f"must divide the world size ({world_size})"
+    elif heads % tensor:
+        constraint = f"must divide the student's num_attention_heads ({heads})"
+    elif student.ffn_hidden_size % tensor:
+        constraint = f"must divide the student's intermediate_size ({student.ffn_hidden_size})"
+    else:
+        constraint = (
+            f"must divide the student's num_key_value_heads ({key_value_heads}) or be a multiple of it"
+        )
+    raise UserError(
+        "rollout.tensor_parallel",
+        tensor,
+        constraint,
+        f"use {alternatives([size for size in _divisors(world_size) if fits(size)])}",
+    )
+
+
+def _check_sequences(config: TrainConfig, data_parallel: int) -> None:
+    prompts, samples = config.data.prompts_per_step, config.rollout.samples_per_prompt
+    if prompts * samples < data_parallel:
+        raise UserError(
+            "data.prompts_per_step",
+            prompts,
+            f"times rollout.samples_per_prompt ({samples}) must be at least the student's data-parallel size "
+            f"({data_parallel}), or replicas have no sequence",
+            f"use at least {-(-data_parallel // samples)}",
+        )

@@ -1,0 +1,274 @@
+"""The configuration of a run. Torch-free; every field is documented below it and read by exactly one
+owner."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from sead_megatron.config.objective import Objective, SeadObjective
+from sead_megatron.config.section import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+)
+
+DType = Literal["bfloat16", "float32"]
+Name = Annotated[str, Field(min_length=1)]
+
+
+class ParallelConfig(Section):
+    """A model's layout over the world; its data-parallel size is world / (tensor * pipeline)."""
+
+    tensor: PositiveInt = 1
+    """Tensor-parallel size: every matrix is cut over this many ranks."""
+    pipeline: PositiveInt = 1
+    """Pipeline-parallel size: the layers are cut into this many stages of equal length."""
+    sequence: bool | None = Field(default=None, examples=[True])
+    """Sequence parallelism (needs tensor > 1). Default: on when tensor > 1."""
+
+    @property
+    def sequence_parallel(self) -> bool:
+        """`sequence` with its default applied."""
+        return self.tensor > 1 if self.sequence is None else self.sequence
+
+
+class StudentConfig(Section):
+    """The model that is trained."""
+
+    path: Name = Field(examples=["models/student"])
+    """Hugging Face directory (config.json, *.safetensors) that training starts from."""
+    dtype: DType = "bfloat16"
+    """Type of parameters and activations; with bfloat16 the optimizer keeps float32 master weights."""
+    parallel: ParallelConfig = ParallelConfig()
+    """Layout of the student."""
+    recompute: Literal["none", "full"] = "none"
+    """`full`: keep only the input of each layer and recompute the rest in the backward pass."""
+
+
+class TeacherConfig(Section):
+    """The frozen model that scores the student's rollouts."""
+
+    path: Name = Field(examples=["models/teacher"])
+    """Hugging Face directory of the teacher."""
+    dtype: DType = "bfloat16"
+    """Type of parameters and activations."""
+    parallel: ParallelConfig = ParallelConfig()
+    """Layout of the teacher over the same ranks; its blocks must nest with the student's."""
+    offload_hidden: bool = False
+    """Keep the teacher's hidden states in host memory until their microbatch needs them."""
+
+
+class DataConfig(Section):
+    """What the student is trained on."""
+
+    prompts: Name = Field(examples=["data/train.jsonl"])
+    """JSONL of training prompts: `id`, `messages` or `prompt`, optional `answer` and `domain`."""
+    prompts_per_step: PositiveInt = Field(examples=[96])
+    """Prompts of one optimizer step, over the whole world (the paper: 96)."""
+
+
+class EvaluationConfig(Section):
+    """Pass rate on held-out prompts."""
+
+    prompts: Name | None = Field(default=None, examples=["data/eval.jsonl"])
+    """JSONL of evaluation prompts, each with an `answer`. Default: no evaluation."""
+    every: NonNegativeInt = 0
+    """Evaluate every so many steps; 0: only before the first and after the last step."""
+    max_new_tokens: PositiveInt | None = Field(default=None, examples=[1024])
+    """Longest evaluation response, tokens. Default: `rollout.max_new_tokens`."""
+    limit: PositiveInt | None = Field(default=None, examples=[100])
+    """Use only the first so many evaluation prompts. Default: all."""
+
+
+class RolloutConfig(Section):
+    """The vLLM engine inside every rank, and how it samples."""
+
+    tensor_parallel: PositiveInt = 1
+    """Tensor-parallel size of an engine; world / this many engines share the prompts."""
+    temperature: PositiveFloat = Field(
+        default=0.7,
+        json_schema_extra={"remedy": "training needs sampled rollouts: use for example 0.7 or 1.0"},
+    )
+    """Sampling temperature (the paper: 0.7). Not the loss's, which is `objective.temperature`."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus sampling; 1 is off."""
+    top_k: NonNegativeInt = 0
+    """Sample among the k most likely tokens; 0 is off."""
+    samples_per_prompt: PositiveInt = 1
+    """Rollouts of each prompt (the paper: 1)."""
+    max_new_tokens: PositiveInt = Field(examples=[16384])
+    """Longest response, tokens; longer ones are cut and count as unfinished (the paper: 16384)."""
+    max_model_len: PositiveInt = Field(examples=[18432])
+    """Longest prompt and response together, tokens."""
+    max_num_seqs: PositiveInt = 64
+    """Sequences that an engine decodes at the same time."""
+    kv_cache_gib: PositiveFloat | None = Field(default=None, examples=[1.0])
+    """Size of an engine rank's KV cache, GiB; required on the CPU. Default: from `gpu_memory_utilization`."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Share of the GPU's memory for the engine, its weights included; the trainer needs the rest."""
+    dtype: DType | None = Field(default=None, examples=["bfloat16"])
+    """Type of the engine's weights. Default: `student.dtype`."""
+    enforce_eager: bool | None = Field(default=None, examples=[True])
+    """Do not capture CUDA graphs. Default: true on the CPU, false on CUDA."""
+    sync_bucket_mib: PositiveInt = 256
+    """Weights are gathered for the engine in buckets of this size, MiB."""
+
+
+class CurriculumConfig(Section):
+    """Which prompts a step takes (SEAD, section 2.5 and Appendix B.2)."""
+
+    name: Literal["sorted_noise", "competence", "uniform"] = "sorted_noise"
+    """`sorted_noise`: one pass without replacement in the order of difficulty + N(0, sigma^2); a further
+    epoch sorts again with new noise. `competence`: uniform over the prompts with difficulty <= c(step).
+    `uniform`: ignores it.
+
+    Ambiguity: Algorithm 1 has the competence function, Appendix B.2 the sort "without explicit thresholds";
+    the appendix describes what was run."""
+    difficulty: Name | None = Field(default=None, examples=["data/difficulty.jsonl"])
+    """JSONL of `id` and `difficulty` (1 - pass rate of the initial student); required unless `name:
+    uniform`."""
+    sigma: NonNegativeFloat = 0.02
+    """Standard deviation of the sort's noise (Appendix B.2); with 8 rollouts a prompt it only breaks ties."""
+    c0: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Initial competence: c(s) = min(1, c0 * (1 + s / steps)^power). Not published."""
+    power: PositiveFloat = 1.0
+    """Exponent of the competence; c0 * 2^power must reach 1. Not published."""
+
+
+class KernelConfig(Section):
+    """The fused output layer and divergences."""
+
+    backend: Literal["auto", "torch"] = "auto"
+    """`auto`: the fastest that the device supports. `torch`: plain torch, tile by tile."""
+    tile_tokens: PositiveInt = 1024
+    """Tokens of a tile."""
+    tile_vocab: PositiveInt = 4096
+    """Vocabulary entries of a tile; full-vocabulary logits never exist."""
+
+
+class BatchConfig(Section):
+    """How a step's rollouts are cut into microbatches."""
+
+    max_tokens_per_microbatch: PositiveInt = Field(examples=[32768])
+    """Longest packed row, tokens, at least `rollout.max_model_len`."""
+    packing: bool = True
+    """Pack several sequences into a row. False: one sequence a row."""
+
+
+class OptimizerConfig(Section):
+    """Adam as Megatron runs it."""
+
+    lr: PositiveFloat = 1e-6
+    """Peak learning rate.
+
+    Ambiguity: the paper prints 5e-9, with which 181 steps of Adam could not move a bfloat16 weight; read as a
+    misprint. Related methods use 5e-7 to 3e-6."""
+    min_lr: NonNegativeFloat = 0.0
+    """Learning rate at the end of the decay."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps of linear warm-up."""
+    decay: Literal["linear", "cosine", "constant"] = "linear"
+    """Shape after the warm-up, down to `min_lr` at the last step."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Adam's first moment decay."""
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Adam's second moment decay."""
+    eps: PositiveFloat = 1e-8
+    """Adam's epsilon."""
+    clip_grad: NonNegativeFloat = 1.0
+    """Largest global gradient norm; 0 is off.
+
+    Ambiguity: the paper's "clipped gradient step" with eps 0.2 has no ratio to clip with one update per
+    batch; read as a norm clip."""
+    distributed: bool = True
+    """Shard the optimizer state over the data-parallel ranks."""
+    max_skipped_steps: PositiveInt = 5
+    """Stop after this many steps in a row that were skipped for a non-finite loss or gradient."""
+
+
+class MetricsConfig(Section):
+    """What is measured and written beyond the loss."""
+
+    full_stats_every: NonNegativeInt = 0
+    """Measure every statistic of every token, zone A included, every so many steps; 0: never."""
+    rollout_samples: NonNegativeInt = 8
+    """Rollouts written to `rollouts/step_N.jsonl` in each step."""
+    logprob_diff_alarm: PositiveFloat = 0.05
+    """Warn when the engine's and the trainer's logprobs of the sampled tokens differ by more, on average,
+    nats."""
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Weights & Biases logging."""
+    wandb_project: Name = "sead_megatron"
+    """Weights & Biases project."""
+
+
+class CheckpointConfig(Section):
+    """When the whole state is written, and how many are kept."""
+
+    every: PositiveInt = 50
+    """Steps between checkpoints; the last step always writes one."""
+    keep: PositiveInt = 2
+    """Newest checkpoints that are kept."""
+
+
+class TrainConfig(Section):
+    """A run: everything that `python -m sead_megatron train` reads."""
+
+    seed: NonNegativeInt = 1234
+    """Seed of the sampling, the curriculum and the model's random states."""
+    device: Literal["cuda", "cpu"] = "cuda"
+    """`cuda` (NCCL) or `cpu` (gloo; the same loop, for tests and the quick start)."""
+    run_dir: Name = Field(examples=["runs/first"])
+    """Directory that the run writes to, and continues from when it holds a checkpoint."""
+    steps: PositiveInt = Field(examples=[181])
+    """Optimizer steps in total."""
+    tokenizer: Name | None = Field(default=None, examples=["models/student"])
+    """Directory of the tokenizer and chat template. Default: `student.path`."""
+    student: StudentConfig
+    """The model that is trained."""
+    teacher: TeacherConfig
+    """The model that scores."""
+    data: DataConfig
+    """Training prompts."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Held-out prompts."""
+    rollout: RolloutConfig
+    """Sampling."""
+    curriculum: CurriculumConfig = CurriculumConfig()
+    """Order of the prompts."""
+    objective: Objective = SeadObjective()
+    """The loss: `name: sead` or `name: opd`, and its settings."""
+    kernel: KernelConfig = KernelConfig()
+    """The loss kernel."""
+    batch: BatchConfig
+    """Microbatches."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """Optimizer and learning rate."""
+    metrics: MetricsConfig = MetricsConfig()
+    """Measurements."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Saved state."""
+
+    @property
+    def tokenizer_path(self) -> str:
+        """`tokenizer` with its default applied."""
+        return self.tokenizer or self.student.path
+
+    @property
+    def rollout_dtype(self) -> DType:
+        """`rollout.dtype` with its default applied."""
+        return self.rollout.dtype or self.student.dtype
+
+    @property
+    def enforce_eager(self) -> bool:
+        """`rollout.enforce_eager` with its default applied."""
+        return self.device == "cpu" if self.rollout.enforce_eager is None else self.rollout.enforce_eager
+
+    @property
+    def evaluation_max_new_tokens(self) -> int:
+        """`evaluation.max_new_tokens` with its default applied."""
+        return self.evaluation.max_new_tokens or self.rollout.max_new_tokens

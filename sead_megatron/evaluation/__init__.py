@@ -1,0 +1,1 @@
+"""Held-out accuracy: grading of answers against gold answers."""

@@ -1,0 +1,53 @@
+"""Held-out accuracy of the current student by greedy decoding on the rollout engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch.distributed as dist
+
+from sead_megatron.data.types import Prompt
+from sead_megatron.evaluation.grading import grade
+from sead_megatron.models.tokenizer import Tokenizer
+from sead_megatron.rollout.collect import generate_everywhere
+from sead_megatron.rollout.engine import Generation, RolloutEngine, Sampling
+
+
+def pass_flags(
+    prompts: Sequence[Prompt], generations: Sequence[Generation], tokenizer: Tokenizer
+) -> list[bool | None]:
+    """Whether each response has the right final answer (None without a gold answer), on every rank.
+
+    A collective over the world: grading is dealt out over the ranks.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    mine: dict[int, bool | None] = {}
+    for i in range(rank, len(prompts), world):
+        answer = prompts[i].answer
+        text = tokenizer.decode(generations[i].token_ids.tolist())
+        mine[i] = None if answer is None else grade(text, answer)
+    gathered: list[dict[int, bool | None]] = [{} for _ in range(world)]
+    dist.all_gather_object(gathered, mine)
+    flags = {i: flag for part in gathered for i, flag in part.items()}
+    return [flags[i] for i in range(len(prompts))]
+
+
+def evaluate_greedy(
+    engine: RolloutEngine, prompts: Sequence[Prompt], tokenizer: Tokenizer, max_new_tokens: int, step: int
+) -> dict[str, Any]:
+    """One record of `evaluations.jsonl` (a collective over the world; needs at least one prompt)."""
+    sampling = Sampling(0.0, max_new_tokens, tuple(tokenizer.eos_ids))
+    generations = generate_everywhere(
+        engine, [prompt.token_ids for prompt in prompts], [0] * len(prompts), sampling
+    )
+    flags = pass_flags(prompts, generations, tokenizer)
+    correct = sum(bool(flag) for flag in flags)
+    return {
+        "step": step,
+        "accuracy": correct / len(prompts),
+        "correct": correct,
+        "total": len(prompts),
+        "truncated": sum(not g.finished for g in generations) / len(prompts),
+        "length_mean": sum(len(g.token_ids) for g in generations) / len(prompts),
+    }

@@ -1,0 +1,108 @@
+"""Every key of `metrics.jsonl`: its unit, its meaning, and whether two equal runs must agree on it."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from sead_megatron.records import NONFINITE_SUFFIX
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One key of a step's record. `deterministic`: equal configuration and machine give the same number."""
+
+    name: str
+    unit: str
+    meaning: str
+    deterministic: bool = True
+
+
+_TABLE = [
+    Metric("step", "", "optimizer step, counted from 1"),
+    Metric("loss", "nats", "the objective: coefficient-weighted sum over active tokens / its normaliser"),
+    Metric("grad_norm", "", "global L2 norm of the gradient before clipping"),
+    Metric("lr", "", "learning rate of this update"),
+    Metric("skipped_steps", "steps", "updates skipped so far for a non-finite loss or gradient"),
+    Metric("weight_version", "", "version of the student weights that sampled this step's rollouts"),
+    Metric("alpha", "", "annealing coefficient of the forward KL (SEAD, Eq. 7)"),
+    Metric("lambda_fkl", "", "scale of forward KL on zone C against reverse KL on zone B (SEAD, Eq. 4)"),
+    Metric("zone/a_share", "share", "response tokens in zone A (student and teacher confident, no gradient)"),
+    Metric("zone/b_share", "share", "response tokens in zone B (teacher confident, student not; reverse KL)"),
+    Metric("zone/c_share", "share", "response tokens in zone C (teacher uncertain; forward KL)"),
+    Metric("zone/a_fkl_share", "share", "zone A's part of the forward KL summed over all response tokens"),
+    Metric("zone/b_fkl_share", "share", "zone B's part of the forward KL summed over all response tokens"),
+    Metric("zone/c_fkl_share", "share", "zone C's part of the forward KL summed over all response tokens"),
+    Metric("zone/threshold_teacher", "nats", "smallest teacher entropy in zone C"),
+    Metric("zone/threshold_a_teacher", "nats", "largest teacher entropy in zone A"),
+    Metric("zone/threshold_a_student", "nats", "largest student entropy in zone A"),
+    Metric("zone/threshold_joint", "nats", "largest of both entropies in zone A (tau of SEAD, Theorem 1)"),
+    Metric("zone/empty", "zones", "zones without a token in this step"),
+    Metric("entropy/student", "nats", "student entropy at the loss' temperature, mean over response tokens"),
+    Metric("entropy/teacher", "nats", "teacher entropy at the loss' temperature, mean over response tokens"),
+    Metric(
+        "entropy/engine_trainer_diff_mean",
+        "nats",
+        "|engine - trainer| student entropy, mean where both exist",
+    ),
+    Metric(
+        "entropy/engine_trainer_diff_max",
+        "nats",
+        "|engine - trainer| student entropy, maximum where both exist",
+    ),
+    Metric(
+        "kl/forward", "nats", "KL(teacher || student), mean over the response tokens where it was evaluated"
+    ),
+    Metric(
+        "kl/reverse", "nats", "KL(student || teacher), mean over the response tokens where it was evaluated"
+    ),
+    Metric("rollout/length_mean", "tokens", "response length, mean over rollouts"),
+    Metric("rollout/truncated", "share", "rollouts cut by max_new_tokens"),
+    Metric("rollout/empty", "rollouts", "rollouts without a response token"),
+    Metric(
+        "rollout/pass_rate", "share", "rollouts with the right final answer, among those with a gold answer"
+    ),
+    Metric("rollout/logprob_diff_mean", "nats", "|engine - trainer| logprob of sampled tokens, mean"),
+    Metric("rollout/logprob_diff_max", "nats", "|engine - trainer| logprob of sampled tokens, maximum"),
+    Metric("tokens/active", "tokens", "response tokens with a non-zero coefficient"),
+    Metric("tokens/response", "tokens", "response tokens of the global batch"),
+    Metric(
+        "curriculum/difficulty_mean",
+        "",
+        "difficulty (1 - pass rate of the initial student), mean over prompts",
+    ),
+    Metric("curriculum/eligible", "prompts", "prompts that this step could draw from"),
+    Metric("curriculum/filled", "prompts", "prompts of this step taken from beyond the competence threshold"),
+    Metric(
+        "evaluation/accuracy",
+        "share",
+        "held-out prompts answered correctly by greedy decoding after this step",
+    ),
+    Metric("time/rollout", "s", "sampling", deterministic=False),
+    Metric("time/teacher", "s", "scoring by the teacher", deterministic=False),
+    Metric("time/stats", "s", "forward-only student statistics", deterministic=False),
+    Metric("time/update", "s", "forward, backward and optimizer", deterministic=False),
+    Metric("time/sync", "s", "weights from the trainer to the engine", deterministic=False),
+    Metric("time/checkpoint", "s", "writing a checkpoint", deterministic=False),
+    Metric("time/evaluation", "s", "held-out evaluation", deterministic=False),
+    Metric(
+        "tokens_per_second",
+        "tokens/s",
+        "response tokens / time of the step, whole world",
+        deterministic=False,
+    ),
+    Metric("mfu", "share", "model FLOP/s of the update / peak FLOP/s of the devices", deterministic=False),
+    Metric("memory/peak_bytes", "bytes", "largest peak of memory over the ranks", deterministic=False),
+]
+
+METRICS: dict[str, Metric] = {metric.name: metric for metric in _TABLE}
+
+
+def check_keys(keys: Iterable[str]) -> None:
+    """Raise ValueError for keys that are not in the table (a non-finite value's marker key is)."""
+    unknown = sorted(key for key in keys if key.removesuffix(NONFINITE_SUFFIX) not in METRICS)
+    if unknown:
+        raise ValueError(f"unknown metric keys {unknown}: add them to sead_megatron/metrics.py")
+
+
+def deterministic_keys() -> list[str]:
+    """The keys that two runs of one configuration are compared by."""
+    return [metric.name for metric in _TABLE if metric.deterministic]

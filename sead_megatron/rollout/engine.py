@@ -1,0 +1,227 @@
+"""The in-process vLLM engine: one per rank, tensor-parallel over neighbouring ranks, fed with weights every step."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from vllm import LLM, SamplingParams
+
+from sead_megatron.config import RolloutConfig
+from sead_megatron.parallel.groups import group_of_this_rank
+from sead_megatron.parallel.layout import Layout
+from sead_megatron.rollout import vllm_patches
+from sead_megatron.rollout.sampler_tap import LSE, LSE_SAMPLED, LSE_SCORED, RECORDER, REQUEST_KEY, SamplerTap
+
+GIB = 1 << 30
+_CPU_BATCHED_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample one call's requests. `temperature` 0 is greedy."""
+
+    temperature: float
+    max_new_tokens: int
+    stop_token_ids: tuple[int, ...]
+    top_p: float = 1.0
+    top_k: int = 0
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One sampled response. Arrays have one entry a sampled token, the stop token included."""
+
+    token_ids: np.ndarray
+    sampling_logprobs: np.ndarray
+    logprobs: np.ndarray
+    entropies: np.ndarray
+    finished: bool
+
+
+class RolloutEngine:
+    """vLLM inside this process (`external_launcher`), over the trainer's own world.
+
+    Create it after `init_process_group` and before anything that depends on global random state: `LLM()` reseeds
+    python, numpy and torch.
+    """
+
+    def __init__(
+        self,
+        config: RolloutConfig,
+        model_directory: str | Path,
+        *,
+        dtype: str,
+        on_cpu: bool,
+        seed: int,
+        scored_temperature: float,
+    ) -> None:
+        self._on_cpu = on_cpu
+        self._scored_temperature = scored_temperature
+        self.layout = Layout(tensor=config.tensor_parallel, pipeline=1, world=dist.get_world_size())
+        self._rank = dist.get_rank()
+        self._tp_group = group_of_this_rank(self.layout.tensor_groups())
+        self.weight_version = -1
+        device_options: dict[str, object] = {}
+        if on_cpu:
+            # MASTER_PORT and the launcher's process are equal on all ranks of a job and unique to it.
+            job = f"sead{os.environ.get('MASTER_PORT', '0')}-{os.getppid()}-"
+            vllm_patches.unique_shared_memory_names(job, is_cleaner=os.environ.get("LOCAL_RANK", "0") == "0")
+            # A prompt prefilled in pieces rewinds its request's generator, which CPU generators cannot (vllm 0.32.0:
+            # "CPU Generator does not use offset").
+            device_options = {
+                "enable_chunked_prefill": False,
+                "max_num_batched_tokens": max(config.max_model_len, _CPU_BATCHED_TOKENS),
+            }
+        else:
+            device_options = {"gpu_memory_utilization": config.gpu_memory_utilization, "enable_sleep_mode": True}
+        eager = on_cpu if config.enforce_eager is None else config.enforce_eager
+        if config.kv_cache_gib is not None:
+            device_options["kv_cache_memory_bytes"] = int(config.kv_cache_gib * GIB)
+        self._llm = LLM(
+            model=str(model_directory),
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            generation_config="vllm",
+            distributed_executor_backend="external_launcher",
+            tensor_parallel_size=config.tensor_parallel,
+            dtype=dtype,  # type: ignore[arg-type]
+            enforce_eager=eager,
+            max_model_len=config.max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            seed=seed + self.layout.dp_rank(self._rank),
+            logprobs_mode="raw_logprobs",
+            logits_processors=[SamplerTap],
+            disable_log_stats=True,
+            **device_options,  # type: ignore[arg-type]
+        )
+        vllm_patches.keep_trainer_world()
+
+    @property
+    def replica(self) -> int:
+        """Which engine of the world this rank belongs to."""
+        return self.layout.dp_rank(self._rank)
+
+    @property
+    def num_replicas(self) -> int:
+        """How many engines share the prompts."""
+        return self.layout.data
+
+    @property
+    def is_replica_head(self) -> bool:
+        """True on the one rank of each engine whose results are collected."""
+        return self.layout.tp_rank(self._rank) == 0
+
+    def load_weights(self, stream: Iterator[tuple[str, Tensor]], expected: set[str], version: int) -> None:
+        """Replaces all weights by the stream's and drops cached prefixes.
+
+        Raises RuntimeError when the stream is incomplete: vLLM only warns about a missing tensor and would go on
+        with the old one. Any error in here leaves the engine broken and must end the job.
+        """
+        seen: set[str] = set()
+
+        def recorded() -> Iterator[tuple[str, Tensor]]:
+            for name, tensor in stream:
+                seen.add(name)
+                yield name, tensor
+
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": recorded()})
+        if seen != expected:
+            raise RuntimeError(
+                f"weight sync to version {version} is incomplete: "
+                f"missing {sorted(expected - seen)[:5]}, unexpected {sorted(seen - expected)[:5]}"
+            )
+        if self._on_cpu:
+            self._llm.collective_rpc(vllm_patches.repack_tied_output_layer)
+        # Keys and values of the old weights would be reused for repeated prompts otherwise.
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM refused to reset its prefix cache: requests are still running")
+        self.weight_version = version
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling
+    ) -> list[Generation]:
+        """Samples one response for each prompt (token ids). All TP ranks of an engine must pass equal arguments."""
+        self._check_same_prompts(prompts, seeds)
+        if not prompts:
+            return []
+        RECORDER.start(self._scored_temperature, sampling.temperature)
+        requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        params = [
+            SamplingParams(
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                seed=seed,
+                max_tokens=sampling.max_new_tokens,
+                stop_token_ids=list(sampling.stop_token_ids),
+                logprobs=0,
+                detokenize=False,
+                extra_args={REQUEST_KEY: i},
+            )
+            for i, seed in enumerate(seeds)
+        ]
+        # Seeded requests draw from their own generators, yet generate() advances torch's global one too.
+        with torch.random.fork_rng(devices=[] if self._on_cpu else None):
+            outputs = self._llm.generate(requests, params, use_tqdm=False)  # type: ignore[arg-type]
+        tapped = RECORDER.rows_by_request()
+        return [self._generation(output, tapped.get(i), sampling) for i, output in enumerate(outputs)]
+
+    def sleep(self) -> None:
+        """Frees weights and KV cache between rollouts (CUDA only)."""
+        if not self._on_cpu:
+            self._llm.sleep(level=2)
+
+    def wake_for_weights(self) -> None:
+        """Allocates the weights again; the KV cache follows after they are loaded, to keep the peak low."""
+        if not self._on_cpu:
+            self._llm.wake_up(tags=["weights"])
+
+    def wake_for_rollouts(self) -> None:
+        """Allocates the KV cache again."""
+        if not self._on_cpu:
+            self._llm.wake_up(tags=["kv_cache"])
+
+    def close(self) -> None:
+        """Shuts the engine down while the process groups that it made can still be destroyed."""
+        self._llm.llm_engine.engine_core.shutdown()
+
+    def _generation(self, output: object, tapped: np.ndarray | None, sampling: Sampling) -> Generation:
+        completion = output.outputs[0]  # type: ignore[attr-defined]
+        token_ids = np.asarray(completion.token_ids, dtype=np.int32)
+        if tapped is None:
+            tapped = np.zeros((0, 4), dtype=np.float32)
+        if len(tapped) != len(token_ids):
+            raise RuntimeError(
+                f"the sampler tap saw {len(tapped)} positions of a response of {len(token_ids)} tokens"
+            )
+        raw = np.asarray(
+            [step[token].logprob for step, token in zip(completion.logprobs, token_ids.tolist(), strict=True)],
+            dtype=np.float64,
+        )
+        logits = raw + tapped[:, LSE]
+        sampling_temperature = sampling.temperature or 1.0
+        return Generation(
+            token_ids=token_ids,
+            sampling_logprobs=(logits / sampling_temperature - tapped[:, LSE_SAMPLED]).astype(np.float32),
+            logprobs=(logits / self._scored_temperature - tapped[:, LSE_SCORED]).astype(np.float32),
+            entropies=tapped[:, 0].astype(np.float32),
+            finished=completion.finish_reason == "stop",
+        )
+
+    def _check_same_prompts(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> None:
+        """A mismatch inside an engine does not hang, it returns wrong rows: compare before generating."""
+        if self.layout.tensor == 1:
+            return
+        digest = hashlib.sha256(repr((list(map(list, prompts)), list(seeds))).encode()).hexdigest()
+        digests: list[str] = [""] * self.layout.tensor
+        dist.all_gather_object(digests, digest, group=self._tp_group)
+        if len(set(digests)) != 1:
+            raise RuntimeError(f"the ranks of engine {self.replica} were given different prompts")

@@ -1,0 +1,187 @@
+"""RUN_DIR: the files a run leaves behind, written so that a kill at any moment loses at most the current
+step.
+
+    config.yaml           resolved configuration
+    metrics.jsonl         one object a step, keys of `sead_megatron.metrics`
+    evaluations.jsonl     one object per held-out evaluation: step, accuracy, correct, total, truncated,
+    length_mean rollouts/step_N.jsonl sampled rollouts of step N checkpoints/          written by the
+    checkpoint code
+
+Only rank 0 writes. `open` first, then, always (a run may die before its first checkpoint), `rewind(step)`
+with the step of the checkpoint that training continues from, 0 without one.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sead_megatron.config import TrainConfig, dump_config
+from sead_megatron.config.yaml_file import read_yaml
+from sead_megatron.errors import UserError
+from sead_megatron.records import (
+    append_record,
+    read_records,
+    truncate_records,
+    write_atomically,
+    write_records,
+)
+
+# Fields (or sections, ending in ".") that change how or how fast a run computes, never what: they may change
+# on resume.
+_MAY_CHANGE = (
+    "run_dir",
+    "student.parallel.",
+    "student.recompute",
+    "teacher.parallel.",
+    "teacher.offload_hidden",
+    "rollout.tensor_parallel",
+    "rollout.gpu_memory_utilization",
+    "rollout.kv_cache_gib",
+    "rollout.sync_bucket_mib",
+    "batch.",
+    "checkpoint.",
+    "metrics.",
+    "kernel.",
+    "evaluation.",
+    "optimizer.distributed",
+)
+_MISSING = "(not set)"
+_ROLLOUT_FILE = re.compile(r"step_(\d+)\.jsonl")
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths and writers of one run. `open` creates and checks the directory."""
+
+    path: Path
+
+    @classmethod
+    def open(cls, config: TrainConfig) -> "RunDirectory":
+        """Create RUN_DIR, or take up the one that this configuration (or one with equal results) wrote;
+        write config.yaml.
+
+        Raises UserError when it holds another configuration (each differing field is named), files of a run
+        without a configuration, or cannot be written.
+        """
+        run = cls(Path(config.run_dir))
+        stored = run.config_path
+        if stored.exists():
+            _check_same_run(stored, config)
+        elif left := [
+            path.name for path in (run.metrics_path, run.rollouts_path, run.checkpoints_path) if path.exists()
+        ]:
+            raise UserError(
+                "run_dir",
+                config.run_dir,
+                f"holds {', '.join(left)} but no config.yaml",
+                "choose another directory",
+            )
+        try:
+            run.path.mkdir(parents=True, exist_ok=True)
+            write_atomically(stored, dump_config(config))
+            run.rollouts_path.mkdir(exist_ok=True)
+            run.checkpoints_path.mkdir(exist_ok=True)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise UserError(
+                "run_dir", config.run_dir, f"cannot be written ({reason})", "choose another"
+            ) from error
+        return run
+
+    @property
+    def config_path(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def evaluations_path(self) -> Path:
+        return self.path / "evaluations.jsonl"
+
+    @property
+    def rollouts_path(self) -> Path:
+        return self.path / "rollouts"
+
+    @property
+    def checkpoints_path(self) -> Path:
+        return self.path / "checkpoints"
+
+    def append_metrics(self, record: Mapping[str, Any]) -> None:
+        """Add the record of a step (it has an integer `step`); on disk when this returns."""
+        append_record(self.metrics_path, record)
+
+    def append_evaluation(self, record: Mapping[str, Any]) -> None:
+        """Add an evaluation (it has an integer `step`, 0 before the first); on disk when this returns."""
+        append_record(self.evaluations_path, record)
+
+    def write_rollouts(self, step: int, records: Iterable[Mapping[str, Any]]) -> None:
+        """Write `rollouts/step_N.jsonl`, complete or not at all."""
+        write_records(self.rollouts_path / f"step_{step}.jsonl", records)
+
+    def evaluated_steps(self) -> set[int]:
+        """Steps whose evaluation is on disk: after a resume they need none."""
+        return {int(record["step"]) for record in read_records(self.evaluations_path)}
+
+    def rewind(self, after_step: int) -> None:
+        """Forget everything later than `after_step`: metrics, evaluations, rollouts."""
+        self.truncate_metrics(after_step)
+        truncate_records(self.evaluations_path, after_step)
+        for path in list(self.rollouts_path.iterdir()) if self.rollouts_path.is_dir() else []:
+            match = _ROLLOUT_FILE.fullmatch(path.name)
+            if path.name.endswith(".tmp") or (match and int(match[1]) > after_step):
+                path.unlink()
+
+    def truncate_metrics(self, after_step: int) -> None:
+        """Keep the records of steps <= `after_step`, rewriting the file atomically.
+
+        A last line that a kill left half-written is dropped. Raises UserError for any other line that is no
+        record.
+        """
+        truncate_records(self.metrics_path, after_step)
+
+
+def _check_same_run(stored: Path, config: TrainConfig) -> None:
+    old = _flatten(read_yaml(stored))
+    new = _flatten(config.model_dump(mode="json"))
+    differing = [
+        key
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key, _MISSING) != new.get(key, _MISSING) and not _may_change(key)
+    ]
+    # Another objective or curriculum has other fields; its name says it all.
+    variants = [key.removesuffix("name") for key in differing if key.endswith(".name")]
+    changes = [
+        f"{key} {_shown(old, key)} -> {_shown(new, key)}"
+        for key in differing
+        if key.endswith(".name") or not key.startswith(tuple(variants))
+    ]
+    if changes:
+        raise UserError(
+            "run_dir",
+            config.run_dir,
+            f"holds a run with another configuration: {', '.join(changes)}",
+            "choose another run_dir, or restore these fields",
+        )
+
+
+def _may_change(key: str) -> bool:
+    return any(key == name or (name.endswith(".") and key.startswith(name)) for name in _MAY_CHANGE)
+
+
+def _shown(fields: dict[str, Any], key: str) -> str:
+    return json.dumps(fields[key]) if key in fields else _MISSING
+
+
+def _flatten(tree: object, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix.removesuffix("."): tree}
+    return {
+        key: value
+        for name, inner in tree.items()
+        for key, value in _flatten(inner, f"{prefix}{name}.").items()
+    }

@@ -1,0 +1,304 @@
+"""On-policy distillation: the loop.
+
+One step reads like the method: choose prompts, sample with the current student, score with the teacher, turn the
+statistics of the global batch into coefficients, update, give the engine the new weights.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import torch.distributed as dist
+from rich.console import Console
+
+from sead_megatron import metrics as metric_table
+from sead_megatron.config import TrainConfig
+from sead_megatron.data.types import Coefficients, Rollout, TokenTable
+from sead_megatron.evaluation.greedy import evaluate_greedy, pass_flags
+from sead_megatron.progress import Progress
+from sead_megatron.rollout.collect import as_rollout, generate_everywhere, request_seed
+from sead_megatron.run_directory import RunDirectory
+from sead_megatron.summary import summary_table
+from sead_megatron.training import step_metrics
+from sead_megatron.training.checkpoint import (
+    checkpoint_path,
+    checkpoint_steps,
+    commit_checkpoint,
+    load_checkpoint,
+    read_state,
+    write_checkpoint,
+)
+from sead_megatron.training.job import Job, build_job, run_path
+from sead_megatron.training.step_plan import StepPlan, plan_step
+from sead_megatron.training.student import Update
+from sead_megatron.training.teacher import TeacherScores, teacher_entropy
+from sead_megatron.training.token_columns import share_columns
+from sead_megatron.wandb_logger import WandbLogger
+
+log = logging.getLogger(__name__)
+
+
+class Trainer:
+    """A run on this rank: the job's parts and the few numbers that change from step to step."""
+
+    def __init__(self, job: Job, run: RunDirectory, progress: Progress) -> None:
+        self.job = job
+        self.run = run
+        self.progress = progress
+        self.config = job.config
+        self.step = 0
+        self.skipped_steps = 0
+        self.skipped_in_a_row = 0
+        self._is_head = job.rank == 0
+        self._wandb: WandbLogger | None = None
+
+    def train(self) -> None:
+        """Runs from the newest checkpoint, or from the start, to the last step."""
+        self.resume()
+        if self.step >= self.config.steps:
+            return
+        if self._is_head:
+            self._wandb = WandbLogger(self.config, self.run.path)
+        self.job.sync_weights(self.step)
+        if self.step == 0:
+            self.evaluate()
+        self.progress.start_training()
+        while self.step < self.config.steps:
+            self.train_step()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def train_step(self) -> None:
+        """One optimizer step, its record, and the checkpoint when one is due."""
+        job, progress = self.job, self.progress
+        with progress.phase("rollout"):
+            rollouts, passed = self.roll_out()
+        with progress.phase("teacher"):
+            plan = plan_step(rollouts, job.models.student.model.groups.layout, job.models.teacher.layout)
+            scores = job.models.teacher.score(plan)
+            table = self.teacher_columns(plan, scores, TokenTable.from_rollouts(rollouts, job.device))
+        engine_table = table
+        with progress.phase("stats"):
+            table = self.token_stats(plan, scores, table)
+        coefficients = job.objective.coefficients(table, self.step)
+        with progress.phase("update"):
+            update = job.models.student.train_step(plan, scores, coefficients)
+        self.count_skipped(update)
+        self.step += 1
+        with progress.phase("sync"):
+            job.sync_weights(self.step)
+        record = self.record(rollouts, passed, engine_table, table, coefficients, update)
+        evaluation = self.evaluation_if_due()
+        self.write(record, evaluation, rollouts, passed, table, coefficients)
+
+    def roll_out(self) -> tuple[list[Rollout], list[bool | None]]:
+        """The step's rollouts in prompt order, on every rank, and whether each has the right answer."""
+        job, sampling = self.job, self.job.sampling()
+        batch = job.curriculum.next_batch(self.step)
+        indices = [i for i in batch for _ in range(self.config.rollout.samples_per_prompt)]
+        seeds = [request_seed(self.config.seed, self.step, i) for i in range(len(indices))]
+        prompts = [job.prompts[i] for i in indices]
+        generations = generate_everywhere(job.engine, [p.token_ids for p in prompts], seeds, sampling)
+        passed = pass_flags(prompts, generations, job.tokenizer)
+        job.engine.sleep()
+        rollouts = [
+            as_rollout(i, prompt.token_ids, generation, job.engine.weight_version)
+            for i, prompt, generation in zip(indices, prompts, generations, strict=True)
+        ]
+        return rollouts, passed
+
+    def teacher_columns(self, plan: StepPlan, scores: TeacherScores | None, table: TokenTable) -> TokenTable:
+        """Adds the teacher's entropy, when the objective reads it and its own statistics will not bring it."""
+        job, objective = self.job, self.job.objective
+        from_stats = objective.uses_trainer_entropy and not objective.teacher_topk
+        if not objective.needs_teacher_entropy or from_stats:
+            return table
+        student = job.models.student
+        measured = {}
+        if scores is not None and job.models.teacher_output is not None:
+            measured["teacher_entropy"] = teacher_entropy(
+                scores,
+                job.models.teacher_output,
+                student.model.groups,
+                student.shard,
+                temperature=self.config.objective.temperature,
+                topk=objective.teacher_topk,
+                options=student.tile_options,
+            )
+        token_index = None if scores is None else scores.token_index
+        columns = share_columns(
+            ("teacher_entropy",), measured, token_index, plan.num_tokens, student.model.groups, job.device
+        )
+        return table.with_columns(**columns)
+
+    def measures_everything(self) -> bool:
+        """Whether this step needs, or is due for, the statistics of every token."""
+        every = self.config.metrics.full_stats_every
+        return self.job.objective.needs_token_stats(self.step) or bool(every and self.step % every == 0)
+
+    def token_stats(self, plan: StepPlan, scores: TeacherScores | None, table: TokenTable) -> TokenTable:
+        """The table with the trainer's statistics of every token, where this step has them.
+
+        A column that is there stays, unless the objective asks for the trainer's: measuring more than the objective
+        needs must not change its coefficients.
+        """
+        if not self.measures_everything():
+            return table
+        columns = self.job.models.student.token_stats(plan, scores)
+        if not self.job.objective.uses_trainer_entropy:
+            del columns["student_entropy"]
+        if table.teacher_entropy is not None:
+            del columns["teacher_entropy"]
+        return table.with_columns(**columns)
+
+    def count_skipped(self, update: Update) -> None:
+        """Counts steps skipped for a non-finite loss or gradient; too many in a row end the run."""
+        self.skipped_in_a_row = 0 if update.applied else self.skipped_in_a_row + 1
+        self.skipped_steps += not update.applied
+        if self.skipped_in_a_row > self.config.optimizer.max_skipped_steps:
+            raise RuntimeError(
+                f"{self.skipped_in_a_row} steps in a row had a non-finite loss or gradient "
+                f"(loss {update.loss}, gradient norm {update.grad_norm})"
+            )
+
+    def record(
+        self,
+        rollouts: list[Rollout],
+        passed: list[bool | None],
+        engine_table: TokenTable,
+        table: TokenTable,
+        coefficients: Coefficients,
+        update: Update,
+    ) -> dict[str, Any]:
+        """The step's record, equal on every rank but for the times (a collective over the world)."""
+        job = self.job
+        differences = step_metrics.engine_trainer_differences(engine_table, update.columns, update.active)
+        alarm = self.config.metrics.logprob_diff_alarm
+        if self._is_head and differences.get("rollout/logprob_diff_mean", 0.0) > alarm:
+            log.warning(
+                "step %d: engine and trainer logprobs differ by %.4f nats on average (alarm at %.4f): "
+                "check rollout.dtype and the weight sync",
+                self.step,
+                differences["rollout/logprob_diff_mean"],
+                alarm,
+            )
+        return (
+            {
+                "step": self.step,
+                "loss": update.loss,
+                "grad_norm": update.grad_norm,
+                "lr": update.lr,
+                "skipped_steps": self.skipped_steps,
+                "weight_version": rollouts[0].weight_version,
+                "memory/peak_bytes": step_metrics.peak_memory_bytes(job.device),
+            }
+            | step_metrics.active_kl(update)
+            | coefficients.metrics
+            | step_metrics.rollout_metrics(rollouts, passed)
+            | differences
+            | job.curriculum.metrics
+        )
+
+    def evaluation_if_due(self) -> dict[str, Any] | None:
+        """Evaluates after the last step and every `evaluation.every` steps."""
+        every = self.config.evaluation.every
+        due = self.step == self.config.steps or bool(every and self.step % every == 0)
+        return self.evaluate() if due else None
+
+    def evaluate(self) -> dict[str, Any] | None:
+        """Greedy held-out accuracy of the weights that the engine holds; None without evaluation prompts."""
+        job = self.job
+        if not job.eval_prompts:
+            return None
+        with self.progress.phase("evaluation"):
+            max_new_tokens = self.config.evaluation_max_new_tokens
+            record = evaluate_greedy(job.engine, job.eval_prompts, job.tokenizer, max_new_tokens, self.step)
+        if self._is_head:
+            self.run.append_evaluation(record)
+        return record
+
+    def write(
+        self,
+        record: dict[str, Any],
+        evaluation: dict[str, Any] | None,
+        rollouts: list[Rollout],
+        passed: list[bool | None],
+        table: TokenTable,
+        coefficients: Coefficients,
+    ) -> None:
+        """The step's record, between writing and committing its checkpoint when one is due.
+
+        A job killed before the commit repeats the steps since the last checkpoint and forgets their records; one
+        killed after it has both.
+        """
+        config, job = self.config, self.job
+        checkpoint_due = self.step == config.steps or self.step % config.checkpoint.every == 0
+        if checkpoint_due:
+            with self.progress.phase("checkpoint"):
+                write_checkpoint(self.run.checkpoints_path, self.step, job.models.student, self.state())
+        times = self.progress.take_times()
+        record |= times | {"tokens_per_second": table.num_tokens / max(sum(times.values()), 1e-9)}
+        if evaluation is not None:
+            record["evaluation/accuracy"] = evaluation["accuracy"]
+        metric_table.check_keys(record)
+        if self._is_head:
+            if limit := config.metrics.rollout_samples:
+                samples = step_metrics.rollout_records(
+                    rollouts, job.prompts, passed, table, coefficients, job.tokenizer, limit
+                )
+                self.run.write_rollouts(self.step, samples)
+            self.run.append_metrics(record)
+            if self._wandb is not None:
+                self._wandb.log(record)
+            if checkpoint_due:
+                commit_checkpoint(self.run.checkpoints_path, self.step, config.checkpoint.keep)
+        self.progress.finish_step(record)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside model, optimizer and random states."""
+        return {
+            "step": self.step,
+            "weight_version": self.step,
+            "skipped_steps": self.skipped_steps,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "schedule": self.job.models.student.optimizer.state_dict(),
+            "curriculum": self.job.curriculum.state_dict(),
+            "objective": self.job.objective.state_dict(),
+            "config": self.config.model_dump(mode="json"),
+        }
+
+    def resume(self) -> None:
+        """Takes up the newest complete checkpoint, and forgets everything that was logged after it."""
+        steps = checkpoint_steps(self.run.checkpoints_path)
+        if steps:
+            path = checkpoint_path(self.run.checkpoints_path, steps[-1])
+            state = read_state(path)
+            load_checkpoint(path, self.job.models.student)
+            self.step = state["step"]
+            self.skipped_steps = state["skipped_steps"]
+            self.skipped_in_a_row = state["skipped_in_a_row"]
+            self.job.models.student.optimizer.load_state_dict(state["schedule"])
+            self.job.curriculum.load_state_dict(state["curriculum"])
+            self.job.objective.load_state_dict(state["objective"])
+        # Without a checkpoint the initial evaluation is repeated too.
+        if self._is_head:
+            self.run.rewind(self.step if steps else -1)
+        dist.barrier()
+
+
+def main(config: TrainConfig) -> None:
+    """Runs this rank of a training job; torchrun starts one process a rank."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    head = int(os.environ["RANK"]) == 0
+    run = RunDirectory.open(config) if head else RunDirectory(run_path(config))
+    done = checkpoint_steps(run.checkpoints_path)
+    with Progress(config.steps, enabled=head, done=done[-1] if done else 0) as progress:
+        job = build_job(config, progress.status)
+        Trainer(job, run, progress).train()
+    if head:
+        Console().print(summary_table(run.path))
+    job.engine.close()
+    dist.barrier()
+    dist.destroy_process_group()

@@ -1,0 +1,127 @@
+"""The whole state of a run on disk, complete or absent.
+
+Model and optimizer go through Megatron's distributed checkpoint, which loads at another TP/PP/DP; everything
+else (step, schedule, curriculum, objective, counters) is one small JSON file, and each rank's random state one file.
+A checkpoint is written beside its final name, synced to disk and renamed by rank 0 when every rank is done.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+
+from sead_megatron.errors import UserError
+from sead_megatron.training.student import Student
+
+_NAME = re.compile(r"^step_(\d{8})$")
+# The only sharding of the distributed optimizer's state that loads at any other layout.
+_RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable"}
+STATE_FILE = "state.json"
+
+
+def checkpoint_steps(directory: Path) -> list[int]:
+    """Steps of the complete checkpoints in a directory, ascending."""
+    if not directory.is_dir():
+        return []
+    return sorted(int(m.group(1)) for path in directory.iterdir() if (m := _NAME.match(path.name)))
+
+
+def checkpoint_path(directory: Path, step: int) -> Path:
+    """Where the checkpoint of a number of completed steps lies."""
+    return directory / f"step_{step:08d}"
+
+
+def _partial_path(directory: Path, step: int) -> Path:
+    return directory / f"{checkpoint_path(directory, step).name}.partial"
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The small state of a checkpoint; UserError when it cannot be read."""
+    try:
+        state: dict[str, Any] = json.loads((path / STATE_FILE).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            str(path / STATE_FILE), None, f"cannot be read ({error})", "remove this checkpoint to use an earlier one"
+        ) from error
+    return state
+
+
+def write_checkpoint(directory: Path, step: int, student: Student, state: dict[str, Any]) -> None:
+    """Writes everything of the checkpoint after `step` updates beside its final name (a collective over the world).
+
+    `state` must be JSON data; only rank 0's is written. `commit_checkpoint` makes it count.
+    """
+    partial = _partial_path(directory, step)
+    is_head = dist.get_rank() == 0
+    if is_head:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    dist_checkpointing.save(_sharded_state(student, is_loading=False), str(partial))
+    torch.save({"torch": torch.get_rng_state()}, partial / f"rng_{dist.get_rank()}.pt")
+    dist.barrier()
+    if is_head:
+        (partial / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n")
+        _sync_tree(partial)
+
+
+def commit_checkpoint(directory: Path, step: int, keep: int) -> None:
+    """Gives a written checkpoint its name and removes all but the newest `keep` (for rank 0)."""
+    target = checkpoint_path(directory, step)
+    # Left over from before a resume at an earlier step.
+    shutil.rmtree(target, ignore_errors=True)
+    _partial_path(directory, step).rename(target)
+    _sync(directory)
+    for old in checkpoint_steps(directory)[:-keep]:
+        shutil.rmtree(checkpoint_path(directory, old))
+
+
+def load_checkpoint(path: Path, student: Student) -> None:
+    """Restores model and optimizer (any layout) and, when the world has the same size, this rank's random state."""
+    loaded = _load_sharded(path, student)
+    student.model.module.load_state_dict(loaded["model"])
+    student.optimizer.megatron.load_state_dict(loaded["optimizer"])
+    rng = path / f"rng_{dist.get_rank()}.pt"
+    if rng.exists():
+        torch.set_rng_state(torch.load(rng)["torch"])
+
+
+def _load_sharded(path: Path, student: Student) -> dict[str, Any]:
+    try:
+        loaded: dict[str, Any] = dist_checkpointing.load(_sharded_state(student, is_loading=True), str(path))
+    except (OSError, dist_checkpointing.core.CheckpointingException) as error:
+        raise UserError(
+            str(path), None, f"cannot be loaded ({error})", "remove this checkpoint to use an earlier one"
+        ) from error
+    return loaded
+
+
+def _sharded_state(student: Student, *, is_loading: bool) -> dict[str, Any]:
+    model = student.model.module.sharded_state_dict(metadata=dict(_RESHARDABLE))
+    optimizer = student.optimizer.megatron.sharded_state_dict(
+        model, is_loading=is_loading, metadata=dict(_RESHARDABLE)
+    )
+    return {"model": model, "optimizer": optimizer}
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_tree(root: Path) -> None:
+    for folder, _, files in os.walk(root):
+        for name in files:
+            _sync(Path(folder) / name)
+        _sync(Path(folder))

@@ -1,0 +1,144 @@
+"""Puts together what a rank of a run holds: world, engine, both models, optimizer, prompts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from sead_megatron.config import TrainConfig
+from sead_megatron.data.curriculum import Curriculum, build_curriculum
+from sead_megatron.data.difficulty import read_difficulties
+from sead_megatron.data.prompts import PromptRecord, check_prompt_lengths, read_prompts
+from sead_megatron.data.types import Prompt
+from sead_megatron.models.export import expected_hf_names, stream_hf_tensors
+from sead_megatron.models.tokenizer import Tokenizer, load_tokenizer
+from sead_megatron.objectives import build_objective
+from sead_megatron.objectives.base import Objective
+from sead_megatron.parallel import megatron_on_cpu
+from sead_megatron.rollout.engine import RolloutEngine, Sampling
+from sead_megatron.training.models import Models, build_models
+
+# Longer than the slowest collective of a healthy run (waiting for the longest rollout), short enough to end a dead one.
+_COLLECTIVE_TIMEOUT = timedelta(minutes=60)
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """Everything a step needs."""
+
+    config: TrainConfig
+    device: torch.device
+    engine: RolloutEngine
+    models: Models
+    tokenizer: Tokenizer
+    prompts: Sequence[Prompt]
+    eval_prompts: Sequence[Prompt]
+    curriculum: Curriculum
+    objective: Objective
+
+    @property
+    def rank(self) -> int:
+        """Rank in the world."""
+        return dist.get_rank()
+
+    def sampling(self) -> Sampling:
+        """How training rollouts are sampled."""
+        rollout = self.config.rollout
+        return Sampling(
+            rollout.temperature,
+            rollout.max_new_tokens,
+            tuple(self.tokenizer.eos_ids),
+            rollout.top_p,
+            rollout.top_k,
+        )
+
+    def sync_weights(self, version: int) -> None:
+        """Gives the engine the student's weights (a collective over the world)."""
+        model = self.models.student.model
+        self.engine.wake_for_weights()
+        stream = stream_hf_tensors(model, self.config.rollout.sync_bucket_mib)
+        self.engine.load_weights(stream, expected_hf_names(model), version)
+        self.engine.wake_for_rollouts()
+
+
+def init_world(config: TrainConfig) -> torch.device:
+    """Joins the process group and picks this rank's device. Needs torchrun's environment."""
+    if config.device == "cpu":
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        dist.init_process_group("gloo", timeout=_COLLECTIVE_TIMEOUT)
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", timeout=_COLLECTIVE_TIMEOUT, device_id=device)
+    return device
+
+
+def build_engine(config: TrainConfig) -> RolloutEngine:
+    """The rollout engine. Before everything else: it reseeds all global generators."""
+    return RolloutEngine(
+        config.rollout,
+        config.student.path,
+        dtype=config.rollout_dtype,
+        on_cpu=config.device == "cpu",
+        seed=config.seed,
+        scored_temperature=config.objective.temperature,
+    )
+
+
+def tokenise(
+    records: Sequence[PromptRecord], tokenizer: Tokenizer, config: TrainConfig, max_new_tokens: int
+) -> list[Prompt]:
+    """Prompts with their token ids; UserError when one leaves no room for a response."""
+    ids = [tokenizer.encode_messages(record.messages) for record in records]
+    lengths = [(record.id, len(tokens)) for record, tokens in zip(records, ids, strict=True)]
+    check_prompt_lengths(lengths, config.rollout.max_model_len, max_new_tokens)
+    return [
+        Prompt(record.id, record.messages, record.answer, record.domain, tuple(tokens))
+        for record, tokens in zip(records, ids, strict=True)
+    ]
+
+
+def build_job(config: TrainConfig, report: Callable[[str], None]) -> Job:
+    """Builds everything, cheap and fallible things first. `report` says what is going on."""
+    tokenizer = load_tokenizer(config.tokenizer_path)
+    prompts = tokenise(read_prompts(config.data.prompts), tokenizer, config, config.rollout.max_new_tokens)
+    eval_prompts = evaluation_prompts(config, tokenizer)
+    difficulties = None
+    if config.curriculum.difficulty is not None:
+        by_id = read_difficulties(config.curriculum.difficulty, [prompt.id for prompt in prompts]).values
+        difficulties = [by_id[prompt.id] for prompt in prompts]
+    curriculum = build_curriculum(
+        config.curriculum, difficulties, len(prompts), config.steps, config.data.prompts_per_step, config.seed
+    )
+    objective = build_objective(config.objective, config.steps)
+    device = init_world(config)
+    report("starting the rollout engine")
+    engine = build_engine(config)
+    if device.type == "cpu":
+        # After the engine, which asks torch about the machine's real devices.
+        megatron_on_cpu.install()
+    report("loading student and teacher")
+    models = build_models(config, device)
+    torch.manual_seed(config.seed + dist.get_rank())
+    return Job(
+        config, device, engine, models, tokenizer, prompts, eval_prompts, curriculum, objective
+    )
+
+
+def evaluation_prompts(config: TrainConfig, tokenizer: Tokenizer) -> list[Prompt]:
+    """The held-out prompts that the configuration names (none when it names no file)."""
+    if config.evaluation.prompts is None:
+        return []
+    records = read_prompts(config.evaluation.prompts, "evaluation.prompts")[: config.evaluation.limit]
+    return tokenise(records, tokenizer, config, config.evaluation_max_new_tokens)
+
+
+def run_path(config: TrainConfig) -> Path:
+    """The run directory."""
+    return Path(config.run_dir)

@@ -1,0 +1,111 @@
+"""One step's record of `metrics.jsonl` and its sampled rollouts, from what the step produced."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sead_megatron.data.types import Coefficients, Prompt, Rollout, TokenTable
+from sead_megatron.models.tokenizer import Tokenizer
+from sead_megatron.training.student import Update
+
+_ZONE_NAMES = "ABC"
+
+
+def rollout_metrics(rollouts: Sequence[Rollout], passed: Sequence[bool | None]) -> dict[str, float]:
+    """Lengths, truncation, empty responses and pass rate of the global batch."""
+    count = len(rollouts)
+    graded = [flag for flag in passed if flag is not None]
+    metrics = {
+        "rollout/length_mean": sum(len(r.response_ids) for r in rollouts) / count,
+        "rollout/truncated": sum(not r.finished for r in rollouts) / count,
+        "rollout/empty": float(sum(len(r.response_ids) == 0 for r in rollouts)),
+    }
+    if graded:
+        metrics["rollout/pass_rate"] = sum(graded) / len(graded)
+    return metrics
+
+
+def engine_trainer_differences(
+    engine: TokenTable, trainer: dict[str, Tensor], measured: Tensor
+) -> dict[str, float]:
+    """How far the engine's logprobs and entropies are from the trainer's on the tokens that the trainer evaluated.
+
+    `engine` holds what the sampler gave, `trainer` columns float32 [N], `measured` bool [N].
+    """
+    metrics: dict[str, float] = {}
+    if not bool(measured.any()):
+        return metrics
+    pairs = {
+        "rollout/logprob_diff": (engine.require("rollout_logprob"), trainer["student_logprob"]),
+        "entropy/engine_trainer_diff": (engine.require("student_entropy"), trainer["student_entropy"]),
+    }
+    for name, (ours, theirs) in pairs.items():
+        difference = (ours - theirs)[measured].abs()
+        metrics[f"{name}_mean"] = float(difference.mean())
+        metrics[f"{name}_max"] = float(difference.max())
+    return metrics
+
+
+def active_kl(update: Update) -> dict[str, float]:
+    """Mean divergences over the active tokens, for steps in which the others were not evaluated."""
+    if not bool(update.active.any()):
+        return {}
+    return {
+        "kl/forward": float(update.columns["forward_kl"][update.active].double().mean()),
+        "kl/reverse": float(update.columns["reverse_kl"][update.active].double().mean()),
+    }
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The largest peak over the ranks (a collective over the world): allocator on CUDA, resident set on the CPU."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    value = torch.tensor(peak, dtype=torch.int64, device=device)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return int(value)
+
+
+def rollout_records(
+    rollouts: Sequence[Rollout],
+    prompts: Sequence[Prompt],
+    passed: Sequence[bool | None],
+    table: TokenTable,
+    coefficients: Coefficients,
+    tokenizer: Tokenizer,
+    limit: int,
+) -> Iterator[dict[str, Any]]:
+    """The first `limit` rollouts with their text and, token by token, zones, entropies and divergences."""
+    columns = ("student_entropy", "teacher_entropy", "forward_kl", "reverse_kl")
+    for i, rollout in enumerate(rollouts[:limit]):
+        tokens = table.rollout_slice(i)
+        record: dict[str, Any] = {
+            "prompt_id": prompts[rollout.prompt_index].id,
+            "prompt": prompts[rollout.prompt_index].messages,
+            "response": tokenizer.decode(rollout.response_ids.tolist()),
+            "answer": prompts[rollout.prompt_index].answer,
+            "reward": None if passed[i] is None else float(bool(passed[i])),
+            "finished": rollout.finished,
+            "weight_version": rollout.weight_version,
+            "tokens": rollout.response_ids.tolist(),
+            "token_texts": [tokenizer.decode([token]) for token in rollout.response_ids.tolist()],
+            "logprobs": _rounded(torch.from_numpy(rollout.logprobs)),
+        }
+        if coefficients.zones is not None:
+            record["zones"] = "".join(_ZONE_NAMES[zone] for zone in coefficients.zones[tokens].tolist())
+        for name in columns:
+            column = getattr(table, name)
+            if column is not None:
+                record[name] = _rounded(column[tokens])
+        yield record
+
+
+def _rounded(values: Tensor) -> list[float]:
+    return [round(value, 6) for value in values.tolist()]

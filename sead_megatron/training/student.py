@@ -1,0 +1,190 @@
+"""The student: Megatron model, gradient buffers and optimizer, and the two passes a step runs through it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import finalize_model_grads
+from sead_kernels.split_kl import TileOptions, VocabShard, finalize, linear_stats, merge_tp, split_kl_loss
+from torch import Tensor
+
+from sead_megatron.config import TrainConfig
+from sead_megatron.data.packing import PackedRow, build_row, pack_rows
+from sead_megatron.data.types import Coefficients
+from sead_megatron.models.build import BuiltModel
+from sead_megatron.training.optimizer import StudentOptimizer, wrap_for_training
+from sead_megatron.training.pipeline import forward_row, response_rows, row_multiple, run_rows
+from sead_megatron.training.step_plan import StepPlan
+from sead_megatron.training.teacher import TeacherScores
+from sead_megatron.training.token_columns import share_columns
+
+# TokenTable columns that a pass through both output layers measures, and the kernel's names of them.
+MEASURED = (
+    "student_entropy",
+    "teacher_entropy",
+    "forward_kl",
+    "reverse_kl",
+    "student_logprob",
+    "teacher_logprob",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """One optimizer step: the global loss, what was done, and the statistics of the active tokens.
+
+    `columns` are float32 [N], equal on all ranks, 0 where `active` is False.
+    """
+
+    loss: float
+    applied: bool
+    grad_norm: float
+    lr: float
+    active: Tensor
+    columns: dict[str, Tensor]
+
+
+class Student:
+    """The trained model of this rank, in its own layout."""
+
+    def __init__(
+        self, model: BuiltModel, teacher_output: Tensor | None, config: TrainConfig, device: torch.device
+    ) -> None:
+        self.model = model
+        self.device = device
+        self._teacher_output = teacher_output
+        self._sequence_parallel = config.student.parallel.sequence_parallel
+        self._max_tokens = config.batch.max_tokens_per_microbatch
+        self._packing = config.batch.packing
+        self._temperature = config.objective.temperature
+        self.tile_options = TileOptions(
+            backend=config.kernel.backend, tokens=config.kernel.tile_tokens, vocab=config.kernel.tile_vocab
+        )
+        self.shard = VocabShard(start=model.vocab_start, valid=model.config.vocab_size)
+        self.ddp = wrap_for_training(model, distributed_optimizer=config.optimizer.distributed)
+        self.optimizer = StudentOptimizer(config.optimizer, model, self.ddp, config.steps)
+        megatron = model.module.config
+        megatron.no_sync_func = self.ddp.no_sync
+        megatron.finalize_model_grads_func = _finalize_without_averaging
+
+    @property
+    def is_scorer(self) -> bool:
+        """True on ranks of the last stage: they hold both output layers and compute the loss."""
+        return self.model.groups.is_last_stage
+
+    def token_stats(self, plan: StepPlan, scores: TeacherScores | None) -> dict[str, Tensor]:
+        """Every statistic of every response token by a forward-only pass; float32 [N], equal on all ranks."""
+
+        def measure(hidden: Tensor, row: PackedRow) -> tuple[Tensor, dict[str, Tensor]]:
+            teacher_hidden, teacher_output = self._teacher_of(scores, row)
+            state = linear_stats(
+                hidden,
+                self.model.module.output_weight().detach(),
+                teacher_hidden,
+                teacher_output,
+                row.labels.to(self.device),
+                shard=self.shard,
+                temperature=self._temperature,
+                options=self.tile_options,
+            )
+            return row.token_index, _named(finalize(merge_tp(state, self.model.groups.collection.tp)))
+
+        def forward_step(rows: Iterator[PackedRow], model: Any) -> tuple[Tensor, Any]:
+            row = next(rows)
+            hidden = forward_row(model, row, self.device)
+
+            def collect(output: Tensor, non_loss_data: bool = True) -> Any:
+                return measure(
+                    response_rows(output, row, self.model.groups, self._sequence_parallel).detach(), row
+                )
+
+            return hidden, collect
+
+        self.model.module.eval()
+        with torch.no_grad():
+            outputs = run_rows(
+                self.model.module, self.model.groups, self._rows(plan), forward_step, train=False
+            )
+        return self._share(plan, outputs)
+
+    def train_step(self, plan: StepPlan, scores: TeacherScores | None, coefficients: Coefficients) -> Update:
+        """Forward, loss and backward of all microbatches, gradient reduction and optimizer step (a collective)."""
+        weights = (coefficients.weights / coefficients.normalizer).to(self.device)
+        groups = self.model.groups
+
+        def forward_step(rows: Iterator[PackedRow], model: Any) -> tuple[Tensor, Any]:
+            row = next(rows)
+            hidden = forward_row(model, row, self.device)
+
+            def loss(output: Tensor) -> tuple[Tensor, Tensor, Any]:
+                result = split_kl_loss(
+                    response_rows(output, row, groups, self._sequence_parallel),
+                    self.model.module.output_weight(),
+                    *self._teacher_of(scores, row),
+                    row.labels.to(self.device),
+                    weights[row.token_index.to(self.device)],
+                    shard=self.shard,
+                    tp_group=groups.collection.tp,
+                    temperature=self._temperature,
+                    options=self.tile_options,
+                    weight_tied=self.model.config.tie_word_embeddings and groups.layout.pipeline == 1,
+                )
+                active = row.token_index[result.active.cpu()]
+                # The second item is Megatron's token count; the loss is already normalised.
+                no_count = torch.zeros((), dtype=torch.int, device=self.device)
+                return result.loss, no_count, (result.loss.detach(), (active, _named(result.stats)))
+
+            return hidden, loss
+
+        self.model.module.train()
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        outputs = run_rows(self.ddp, groups, self._rows(plan), forward_step, train=True)
+        loss = self._global_loss([value for value, _ in outputs])
+        columns = self._share(plan, [measured for _, measured in outputs])
+        result = self.optimizer.step(loss_is_finite=bool(torch.isfinite(loss)))
+        active = (coefficients.weights != 0).any(-1)
+        return Update(float(loss), result.applied, result.grad_norm, result.lr, active, columns)
+
+    def _rows(self, plan: StepPlan) -> list[PackedRow]:
+        mine = plan.student[self.model.groups.dp_rank]
+        lengths = {i: plan.rollouts[i].length for i in mine}
+        multiple = row_multiple(self.model.groups, self._sequence_parallel)
+        return [
+            build_row(row, plan.rollouts, plan.offsets, multiple)
+            for row in pack_rows(lengths, mine, self._max_tokens, self._packing)
+        ]
+
+    def _teacher_of(self, scores: TeacherScores | None, row: PackedRow) -> tuple[Tensor, Tensor]:
+        if scores is None or self._teacher_output is None:
+            raise RuntimeError("the loss was asked for on a rank that holds no output layer")
+        return scores.rows(row.token_index, self.device), self._teacher_output
+
+    def _share(self, plan: StepPlan, outputs: list[tuple[Tensor, dict[str, Tensor]]]) -> dict[str, Tensor]:
+        token_index = torch.cat([index for index, _ in outputs]) if outputs else None
+        measured = {name: torch.cat([columns[name] for _, columns in outputs]) for name in MEASURED if outputs}
+        return share_columns(
+            MEASURED, measured, token_index, plan.num_tokens, self.model.groups, self.device
+        )
+
+    def _global_loss(self, values: list[Tensor]) -> Tensor:
+        """The loss of the global batch, float64, equal on all ranks (a collective over the world)."""
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        if self.is_scorer and self.model.groups.tp_rank == 0:
+            for value in values:
+                total += value.double()
+        dist.all_reduce(total)
+        return total
+
+
+def _named(stats: Any) -> dict[str, Tensor]:
+    return {name: getattr(stats, name) for name in MEASURED}
+
+
+def _finalize_without_averaging(model: list[torch.nn.Module], num_tokens: Tensor | None, **kwargs: Any) -> None:
+    """Megatron would divide the gradients by its token count; ours are normalised by the objective."""
+    finalize_model_grads(model, None, **kwargs)

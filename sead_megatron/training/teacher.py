@@ -1,0 +1,209 @@
+"""The frozen teacher: scores rollouts and hands its hidden states to the student ranks that need them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from sead_kernels.split_kl import TileOptions, VocabShard, finalize_entropy, linear_entropy, merge_tp
+from torch import Tensor
+
+from sead_megatron.data.packing import PackedRow, build_row, pack_rows
+from sead_megatron.models.build import BuiltModel
+from sead_megatron.parallel.groups import ParallelGroups
+from sead_megatron.parallel.layout import Layout
+from sead_megatron.training.pipeline import forward_row, response_rows, row_multiple, run_rows
+from sead_megatron.training.step_plan import StepPlan
+
+
+@dataclass(frozen=True, eq=False)
+class TeacherScores:
+    """What a student rank of the last stage holds of the teacher for its own rollouts.
+
+    Attributes:
+        hidden: [n, H_t], after the teacher's final norm, in the order of `token_index`.
+        token_index: int64 [n] on the CPU, ascending indices into the TokenTable.
+    """
+
+    hidden: Tensor
+    token_index: Tensor
+
+    def rows(self, token_index: Tensor, device: torch.device) -> Tensor:
+        """Hidden states of some of this rank's tokens, [len(token_index), H_t], on `device`."""
+        position = torch.searchsorted(self.token_index, token_index)
+        return self.hidden.index_select(0, position.to(self.hidden.device)).to(device)
+
+
+class Teacher:
+    """A frozen Megatron model in its own layout over the student's ranks."""
+
+    def __init__(
+        self,
+        model: BuiltModel,
+        student_groups: ParallelGroups,
+        *,
+        device: torch.device,
+        sequence_parallel: bool,
+        max_tokens: int,
+        packing: bool,
+        offload_hidden: bool = False,
+    ) -> None:
+        self._model = model
+        self._student = student_groups
+        self._device = device
+        self._sequence_parallel = sequence_parallel
+        self._max_tokens = max_tokens
+        self._packing = packing
+        self._keep_on = torch.device("cpu") if offload_hidden else device
+
+    @property
+    def layout(self) -> Layout:
+        """The teacher's layout over the world."""
+        return self._model.groups.layout
+
+    def score(self, plan: StepPlan) -> TeacherScores | None:
+        """Hidden states of this rank's rollouts; None on ranks that hold no part of the student's output layer.
+
+        A collective over the block that both models' replicas share.
+        """
+        mine = plan.teacher[self._model.groups.dp_rank]
+        produced = self._forward(plan, mine)
+        return self._exchange(plan, produced)
+
+    @torch.no_grad()
+    def _forward(self, plan: StepPlan, rollouts: Sequence[int]) -> Tensor | None:
+        """Hidden states [n, H_t] of the response tokens of `rollouts` in table order, on the teacher's last stage."""
+        groups = self._model.groups
+        lengths = {i: plan.rollouts[i].length for i in rollouts}
+        multiple = row_multiple(groups, self._sequence_parallel)
+        rows = [
+            build_row(row, plan.rollouts, plan.offsets, multiple)
+            for row in pack_rows(lengths, rollouts, self._max_tokens, self._packing)
+        ]
+        outputs = run_rows(self._model.module, groups, rows, self._forward_step, train=False) if rows else []
+        if not groups.is_last_stage:
+            return None
+        token_index = plan.token_indices(rollouts)
+        hidden = torch.empty(
+            len(token_index), self._model.config.hidden_size, dtype=self._dtype, device=self._keep_on
+        )
+        for row, output in zip(rows, outputs, strict=True):
+            hidden[torch.searchsorted(token_index, row.token_index).to(self._keep_on)] = output
+        return hidden
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self._model.module.parameters()).dtype
+
+    def _forward_step(self, rows: Iterator[PackedRow], model: Any) -> tuple[Tensor, Any]:
+        row = next(rows)
+        hidden = forward_row(model, row, self._device)
+
+        def collect(output: Tensor, non_loss_data: bool = True) -> Tensor:
+            selected = response_rows(output, row, self._model.groups, self._sequence_parallel)
+            return selected.to(self._keep_on)
+
+        return hidden, collect
+
+    def _exchange(self, plan: StepPlan, produced: Tensor | None) -> TeacherScores | None:
+        """Moves hidden states from the teacher's last stage to the last stages of the student replicas it serves."""
+        rank = dist.get_rank()
+        received: TeacherScores | None = None
+        operations: list[dist.P2POp] = []
+        arriving: list[tuple[Tensor, Tensor]] = []
+        for transfer in self._transfers(plan):
+            if rank == transfer.target and received is None:
+                wanted = plan.token_indices(plan.student[self._student.dp_rank])
+                shape = (len(wanted), self._model.config.hidden_size)
+                received = TeacherScores(torch.empty(shape, dtype=self._dtype, device=self._keep_on), wanted)
+            if not len(transfer.token_index):
+                continue
+            outgoing = None
+            if rank == transfer.source:
+                if produced is None:
+                    raise RuntimeError("a rank without the teacher's last stage was asked for its output")
+                position = torch.searchsorted(
+                    plan.token_indices(plan.teacher[self._model.groups.dp_rank]), transfer.token_index
+                )
+                outgoing = produced.index_select(0, position.to(self._keep_on))
+            if rank == transfer.target and received is not None:
+                position = torch.searchsorted(received.token_index, transfer.token_index)
+                if outgoing is not None:
+                    received.hidden[position.to(self._keep_on)] = outgoing
+                    continue
+                buffer = torch.empty(
+                    len(position), received.hidden.shape[1], dtype=self._dtype, device=self._device
+                )
+                operations.append(dist.P2POp(dist.irecv, buffer, transfer.source))
+                arriving.append((position, buffer))
+            elif outgoing is not None:
+                operations.append(dist.P2POp(dist.isend, outgoing.to(self._device), transfer.target))
+        for request in dist.batch_isend_irecv(operations) if operations else []:
+            request.wait()
+        for position, buffer in arriving:
+            if received is None:
+                raise RuntimeError("hidden states arrived on a rank that expects none")
+            received.hidden[position.to(self._keep_on)] = buffer.to(self._keep_on)
+        return received
+
+    def _transfers(self, plan: StepPlan) -> Iterator[_Transfer]:
+        """Every message inside this rank's block, in the same order on all its ranks.
+
+        Each of a student replica's last-stage ranks is served by one of the teacher's last-stage TP ranks, in turn.
+        """
+        student, teacher = self._student.layout, self._model.groups.layout
+        block = max(student.block_size, teacher.block_size)
+        first = dist.get_rank() // block * block
+        for student_replica in range(first // student.block_size, (first + block) // student.block_size):
+            targets = _last_stage_ranks(student, student_replica)
+            wanted = set(plan.student[student_replica])
+            for teacher_replica in range(first // teacher.block_size, (first + block) // teacher.block_size):
+                sources = _last_stage_ranks(teacher, teacher_replica)
+                shared = [i for i in plan.teacher[teacher_replica] if i in wanted]
+                token_index = plan.token_indices(shared)
+                for i, target in enumerate(targets):
+                    yield _Transfer(sources[i % len(sources)], target, token_index)
+
+
+@dataclass(frozen=True, eq=False)
+class _Transfer:
+    """Hidden states of some tokens, from one rank to another."""
+
+    source: int
+    target: int
+    token_index: Tensor
+
+
+def _last_stage_ranks(layout: Layout, replica: int) -> list[int]:
+    first = (replica * layout.pipeline + layout.pipeline - 1) * layout.tensor
+    return list(range(first, first + layout.tensor))
+
+
+def teacher_entropy(
+    scores: TeacherScores,
+    output_shard: Tensor,
+    groups: ParallelGroups,
+    shard: VocabShard,
+    *,
+    temperature: float,
+    topk: int,
+    options: TileOptions,
+    chunk: int = 16384,
+) -> Tensor:
+    """The teacher's entropy of every token of `scores`, float32 [n], nats; equal on all TP ranks.
+
+    `topk > 0` gives the entropy of the k most likely tokens and a tail bucket, a lower bound of the exact one.
+    """
+    values = []
+    for start in range(0, len(scores.token_index), chunk):
+        hidden = scores.hidden[start : start + chunk].to(output_shard.device)
+        labels = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
+        state = linear_entropy(
+            hidden, output_shard, labels, shard=shard, temperature=temperature, topk=topk, options=options
+        )
+        stats = finalize_entropy(merge_tp(state, groups.collection.tp))
+        values.append(stats.topk_entropy if topk else stats.entropy)
+    return torch.cat(values).float() if values else torch.empty(0, device=output_shard.device)
