@@ -77,7 +77,9 @@ def _check(arguments: Sequence[str]) -> int:
     parser = _parser("check", "Check a configuration and its input files as for a run of N processes.")
     parser.add_argument("--world-size", type=_positive, required=True, metavar="N")
     options = parser.parse_intermixed_args(arguments)
-    print(_load_and_check(options, options.world_size)[1])
+    config, summary = _load_and_check(options, options.world_size)
+    _preflight(config, local_world_size=1)  # the nodes of that world are not known
+    print(summary)
     return 0
 
 
@@ -85,6 +87,13 @@ def _load_and_check(options: argparse.Namespace, world_size: int) -> tuple[Train
     """The configuration, and its summary."""
     config = load_config(options.config, options.overrides)
     return config, check_config(config, world_size).summary(config.curriculum.name)
+
+
+def _preflight(config: TrainConfig, local_world_size: int) -> None:
+    # Imports torch: only after everything that can be found without.
+    from sead_megatron.preflight import preflight
+
+    preflight(config, local_world_size)
 
 
 def _train(arguments: Sequence[str]) -> int:
@@ -99,7 +108,10 @@ def _train(arguments: Sequence[str]) -> int:
     if "RANK" in os.environ:
         return _train_rank(options)
     config, summary = _load_and_check(options, options.nproc_per_node * (options.nnodes or 1))
+    _preflight(config, options.nproc_per_node)
     print(f"{summary}\nrun directory {config.run_dir}", flush=True)
+    # Inherited by torchrun and its ranks; torchrun warns when OMP_NUM_THREADS is not set.
+    prepare_environment(on_cpu=config.device == "cpu")
     os.execv(sys.executable, _torchrun(options))
 
 

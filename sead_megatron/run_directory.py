@@ -1,6 +1,7 @@
 """RUN_DIR: the files a run leaves behind, written so that a kill at any moment loses at most the current
 step.
 
+    .lock                 held by rank 0 while a job runs
     config.yaml           resolved configuration
     metrics.jsonl         one object a step, keys of `sead_megatron.metrics`
     evaluations.jsonl     one object per held-out evaluation: step, accuracy, correct, total, truncated,
@@ -11,7 +12,10 @@ Only rank 0 writes. `open` first, then, always (a run may die before its first c
 with the step of the checkpoint that training continues from, 0 without one.
 """
 
+import errno
+import fcntl
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -61,15 +65,33 @@ class RunDirectory:
     @classmethod
     def open(cls, config: TrainConfig) -> "RunDirectory":
         """Create RUN_DIR, or take up the one that this configuration (or one with equal results) wrote;
-        write config.yaml.
+        write config.yaml. The directory belongs to this process until it dies.
 
-        Raises UserError when it holds another configuration (each differing field is named), files of a run
-        without a configuration, or cannot be written.
+        Raises UserError as `check` does.
+        """
+        run = cls.check(config)
+        try:
+            run.path.mkdir(parents=True, exist_ok=True)
+            # Never closed: closing gives the lock away.
+            _lock(os.open(run.lock_path, os.O_RDWR | os.O_CREAT, 0o666), run.path)
+            write_atomically(run.config_path, dump_config(config))
+            run.rollouts_path.mkdir(exist_ok=True)
+            run.checkpoints_path.mkdir(exist_ok=True)
+        except OSError as error:
+            raise _not_writable(run.path, error) from error
+        return run
+
+    @classmethod
+    def check(cls, config: TrainConfig) -> "RunDirectory":
+        """`open` without writing anything.
+
+        Raises UserError when RUN_DIR holds another configuration (each differing field is named), files of a
+        run without a configuration, or a job that is still running, or when it cannot be written.
         """
         run = cls(Path(config.run_dir))
-        stored = run.config_path
-        if stored.exists():
-            _check_same_run(stored, config)
+        _check_writable(run.path)
+        if run.config_path.exists():
+            _check_same_run(run.config_path, config)
         elif left := [
             path.name for path in (run.metrics_path, run.rollouts_path, run.checkpoints_path) if path.exists()
         ]:
@@ -79,17 +101,13 @@ class RunDirectory:
                 f"holds {', '.join(left)} but no config.yaml",
                 "choose another directory",
             )
-        try:
-            run.path.mkdir(parents=True, exist_ok=True)
-            write_atomically(stored, dump_config(config))
-            run.rollouts_path.mkdir(exist_ok=True)
-            run.checkpoints_path.mkdir(exist_ok=True)
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise UserError(
-                "run_dir", config.run_dir, f"cannot be written ({reason})", "choose another"
-            ) from error
+        if run.lock_path.exists():
+            _try_lock(run.lock_path, run.path)
         return run
+
+    @property
+    def lock_path(self) -> Path:
+        return self.path / ".lock"
 
     @property
     def config_path(self) -> Path:
@@ -145,9 +163,55 @@ class RunDirectory:
         truncate_records(self.metrics_path, after_step)
 
 
+def _check_writable(path: Path) -> None:
+    nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not nearest.is_dir():
+        raise UserError("run_dir", str(path), f"{nearest} is not a directory", "choose another")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError("run_dir", str(path), f"{nearest} cannot be written", "choose another")
+
+
+def _not_writable(run_dir: Path, error: OSError) -> UserError:
+    reason = error.strerror or str(error)
+    return UserError("run_dir", str(run_dir), f"cannot be written ({reason})", "choose another")
+
+
+def _try_lock(lock_path: Path, run_dir: Path) -> None:
+    """Take the lock and give it back."""
+    try:
+        descriptor = os.open(lock_path, os.O_RDWR)
+    except OSError as error:
+        raise _not_writable(run_dir, error) from error
+    try:
+        _lock(descriptor, run_dir)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, run_dir: Path) -> None:
+    """Refuse a second job in one run directory. The kernel releases the lock when the process dies.
+
+    A record lock, not flock: that one would live on in the processes which Megatron's checkpoint writer forks.
+    """
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        # Anything else: a file system without locks. The run is no worse off than before there were any.
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise UserError(
+                "run_dir", str(run_dir), "another job is running in it", "wait for its end, or choose another"
+            ) from error
+
+
 def _check_same_run(stored: Path, config: TrainConfig) -> None:
-    old = _flatten(read_yaml(stored))
+    content = read_yaml(stored)
+    if not isinstance(content, dict):
+        raise UserError(str(stored), None, "must hold keys and values", "choose another run_dir")
+    old = _flatten(content)
     new = _flatten(config.model_dump(mode="json"))
+    # A field that is younger than the stored file: the run was made with what is now its default.
+    chosen = _flatten(config.model_dump(mode="json", exclude_defaults=True))
+    old = {key: value for key, value in new.items() if key not in chosen} | old
     differing = [
         key
         for key in sorted(old.keys() | new.keys())

@@ -22,14 +22,9 @@ from sead_megatron.rollout.collect import as_rollout, generate_everywhere, reque
 from sead_megatron.run_directory import RunDirectory
 from sead_megatron.summary import summary_table
 from sead_megatron.training import step_metrics
-from sead_megatron.training.checkpoint import (
-    checkpoint_path,
-    checkpoint_steps,
-    commit_checkpoint,
-    load_checkpoint,
-    read_state,
-    write_checkpoint,
-)
+from sead_megatron.training.checkpoint import commit_checkpoint, load_checkpoint, write_checkpoint
+from sead_megatron.training.checkpoint_files import checkpoint_path, checkpoint_steps, read_state
+from sead_megatron.training.flops import device_peak_flops, step_flops
 from sead_megatron.training.job import Job, build_job, run_path
 from sead_megatron.training.step_plan import StepPlan, plan_step
 from sead_megatron.training.student import Update
@@ -57,8 +52,6 @@ class Trainer:
     def train(self) -> None:
         """Runs from the newest checkpoint, or from the start, to the last step."""
         self.resume()
-        if self.step >= self.config.steps:
-            return
         if self._is_head:
             self._wandb = WandbLogger(self.config, self.run.path)
         self.job.sync_weights(self.step)
@@ -240,6 +233,12 @@ class Trainer:
                 write_checkpoint(self.run.checkpoints_path, self.step, job.models.student, self.state())
         times = self.progress.take_times()
         record |= times | {"tokens_per_second": table.num_tokens / max(sum(times.values()), 1e-9)}
+        peak = device_peak_flops(job.device)
+        if peak is not None:
+            models = job.models.student.model.config, job.models.teacher.config
+            flops = step_flops(*models, tokens=sum(rollout.length for rollout in rollouts))
+            seconds = times["time/teacher"] + times["time/update"]
+            record["mfu"] = flops / (seconds * peak * dist.get_world_size())
         if evaluation is not None:
             record["evaluation/accuracy"] = evaluation["accuracy"]
         metric_table.check_keys(record)
@@ -293,12 +292,14 @@ def main(config: TrainConfig) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     head = int(os.environ["RANK"]) == 0
     run = RunDirectory.open(config) if head else RunDirectory(run_path(config))
-    done = checkpoint_steps(run.checkpoints_path)
-    with Progress(config.steps, enabled=head, done=done[-1] if done else 0) as progress:
-        job = build_job(config, progress.status)
-        Trainer(job, run, progress).train()
+    steps = checkpoint_steps(run.checkpoints_path)
+    done = steps[-1] if steps else 0
+    if done < config.steps:
+        with Progress(config.steps, enabled=head, done=done) as progress:
+            job = build_job(config, progress.status)
+            Trainer(job, run, progress).train()
+        job.engine.close()
+        dist.barrier()
+        dist.destroy_process_group()
     if head:
         Console().print(summary_table(run.path))
-    job.engine.close()
-    dist.barrier()
-    dist.destroy_process_group()

@@ -51,11 +51,35 @@ def write_tokenizer_json(directory: Path, words: list[str] = WORDS, template: st
     (directory / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
 
 
+def llama_shapes(**changes: Any) -> dict[str, list[int]]:
+    """The tensors of `LLAMA` with `changes`, whose heads are hidden_size / num_attention_heads wide."""
+    config = LLAMA | changes
+    hidden, ffn, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    keys = hidden * config["num_key_value_heads"] // config["num_attention_heads"]
+    layer = {
+        "input_layernorm": [hidden],
+        "post_attention_layernorm": [hidden],
+        "self_attn.q_proj": [hidden, hidden],
+        "self_attn.k_proj": [keys, hidden],
+        "self_attn.v_proj": [keys, hidden],
+        "self_attn.o_proj": [hidden, hidden],
+        "mlp.gate_proj": [ffn, hidden],
+        "mlp.up_proj": [ffn, hidden],
+        "mlp.down_proj": [hidden, ffn],
+    }
+    shapes = {"model.norm.weight": [hidden], "model.embed_tokens.weight": [vocabulary, hidden]}
+    if not config.get("tie_word_embeddings"):
+        shapes["lm_head.weight"] = [vocabulary, hidden]
+    for number in range(config["num_hidden_layers"]):
+        shapes |= {f"model.layers.{number}.{name}.weight": shape for name, shape in layer.items()}
+    return shapes
+
+
 def write_model(directory: Path, **config: Any) -> Path:
     """A Hugging Face directory whose weights are a header and zeros."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(LLAMA | config))
-    write_safetensors(directory / "model.safetensors", {"model.norm.weight": [64]})
+    write_safetensors(directory / "model.safetensors", llama_shapes(**config))
     write_tokenizer_json(directory)
     return directory
 

@@ -4,5 +4,4 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 [ -f examples/smollm2/models/student/config.json ] || { echo "run examples/smollm2/prepare.sh first" >&2; exit 2; }
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec torchrun --standalone --nproc-per-node 2 -m sead_megatron train examples/smollm2/config.yaml "$@"
+exec python -m sead_megatron train examples/smollm2/config.yaml --nproc-per-node 2 "$@"

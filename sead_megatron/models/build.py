@@ -65,8 +65,10 @@ class BuiltModel:
     @property
     def vocab_start(self) -> int:
         """Global id of the first row of this rank's vocabulary shard."""
-        return self.groups.tp_rank * padded_vocab_size(self.config.vocab_size, self.groups.layout.tensor) // (
-            self.groups.layout.tensor
+        return (
+            self.groups.tp_rank
+            * padded_vocab_size(self.config.vocab_size, self.groups.layout.tensor)
+            // (self.groups.layout.tensor)
         )
 
 

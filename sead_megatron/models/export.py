@@ -96,27 +96,36 @@ def _broadcast_over_pp(
     return [[next(parts).view(shape).clone() for shape in per_entry] for per_entry in shapes]
 
 
-@torch.no_grad()
-def stream_hf_tensors(model: BuiltModel, bucket_mib: int = 256) -> Iterator[tuple[str, Tensor]]:
-    """Yields (Hugging Face name, full tensor) on every rank of the replica, in the same order everywhere.
+class HFStream:
+    """The weights of a replica as full Hugging Face tensors, again and again (a collective to build and to walk).
 
-    A collective over the replica's TP and PP groups: every rank must walk the whole stream.
+    Every rank of the replica must walk the whole stream; all of them yield the same tensors in the same order.
     """
-    element_bytes = next(model.module.parameters()).element_size()
-    for stage, plan in enumerate(_stage_plans(model)):
-        for bucket in _buckets(plan, element_bytes, bucket_mib * MIB):
-            merged = _gather_over_tp(model, bucket) if stage == model.groups.pp_rank else None
-            if model.groups.layout.pipeline > 1:
-                merged = _broadcast_over_pp(model, stage, bucket, merged)
-            if merged is None:
-                raise RuntimeError(f"stage {stage} belongs to no rank of a pipeline of one")
-            for entry, tensors in zip(bucket, merged, strict=True):
-                yield from zip(entry.rule.hf_names, tensors, strict=True)
 
+    def __init__(self, model: BuiltModel, bucket_mib: int = 256) -> None:
+        self._model = model
+        self._limit = bucket_mib * MIB
+        self._plans = _stage_plans(model)
 
-def expected_hf_names(model: BuiltModel) -> set[str]:
-    """Names that a complete stream yields (a collective over the pipeline group)."""
-    return {name for plan in _stage_plans(model) for entry in plan for name in entry.rule.hf_names}
+    @property
+    def names(self) -> set[str]:
+        """Names that a complete stream yields."""
+        return {name for plan in self._plans for entry in plan for name in entry.rule.hf_names}
+
+    @torch.no_grad()
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """Yields (Hugging Face name, full tensor) with the current weights."""
+        model = self._model
+        element_bytes = next(model.module.parameters()).element_size()
+        for stage, plan in enumerate(self._plans):
+            for bucket in _buckets(plan, element_bytes, self._limit):
+                merged = _gather_over_tp(model, bucket) if stage == model.groups.pp_rank else None
+                if model.groups.layout.pipeline > 1:
+                    merged = _broadcast_over_pp(model, stage, bucket, merged)
+                if merged is None:
+                    raise RuntimeError(f"stage {stage} belongs to no rank of a pipeline of one")
+                for entry, tensors in zip(bucket, merged, strict=True):
+                    yield from zip(entry.rule.hf_names, tensors, strict=True)
 
 
 def export_directory(
@@ -142,7 +151,7 @@ def export_directory(
             files.append(list(shard))
         shard.clear()
 
-    for name, tensor in stream_hf_tensors(model):
+    for name, tensor in HFStream(model):
         tensor_bytes = tensor.numel() * tensor.element_size()
         if size + tensor_bytes > shard_gib * (1 << 30):
             flush()

@@ -13,6 +13,7 @@ from sead_megatron.models.layouts import LayoutOp
 DECODER_LAYER = "decoder.layers.{}"
 HF_LAYER = "model.layers.{}"
 WeightTable = dict[str, tuple[LayoutOp, list[str]]]
+HFShapes = dict[str, tuple[int, ...]]
 
 _LOCAL_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 
@@ -24,6 +25,10 @@ class Family:
     architecture: str
     weight_table: Callable[[HFConfig], WeightTable]
     transformer_options: Callable[[HFConfig], dict[str, Any]]
+    hf_shapes: Callable[[HFConfig], HFShapes]
+    """Full shape of every Hugging Face tensor that `weight_table` reads, by name."""
+    ignored_hf_names: re.Pattern[str]
+    """Stored tensors that old checkpoints hold beside them, and that say nothing config.json does not."""
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,6 @@ class HFConfig:
     """None, or llama3's: `rope_type`, `factor` and the three constants."""
     max_position_embeddings: int
     tie_word_embeddings: bool
-    attention_bias: bool
-    mlp_bias: bool
     eos_ids: tuple[int, ...]
     """End-of-sequence ids of config.json, then further ones of generation_config.json (chat models list
     several)."""
@@ -60,7 +58,7 @@ def read_hf_config(
     """Read `directory`/config.json; `what` is the field that names the directory, for errors.
 
     Raises UserError: no directory, no config.json, missing or ill-typed keys, an architecture not in
-    `supported`, quantized weights, an activation other than SiLU, a rope scaling that Megatron-core does not
+    `supported`, quantized weights, an activation other than SiLU, biases, a rope scaling that Megatron-core does not
     compute.
     """
     path = Path(directory) / "config.json"
@@ -95,8 +93,6 @@ def read_hf_config(
         rope_scaling=reader.rope_scaling(),
         max_position_embeddings=reader.integer("max_position_embeddings", 2048),
         tie_word_embeddings=reader.flag("tie_word_embeddings"),
-        attention_bias=reader.flag("attention_bias"),
-        mlp_bias=reader.flag("mlp_bias"),
         eos_ids=read_eos_ids(directory),
         raw=raw,
     )
@@ -177,6 +173,9 @@ class _Reader:
         activation = self.raw.get("hidden_act", "silu")
         if activation != "silu":
             raise self.error("hidden_act", activation, 'must be "silu"', "use another model")
+        for key in ("attention_bias", "mlp_bias"):
+            if self.flag(key):
+                raise self.error(key, True, "biases are not supported", "use another model")
 
     def _rope(self) -> dict[str, object]:
         """`rope_parameters` (transformers 5) or `rope_scaling` (before), empty when there is neither."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from sead_megatron.models.family import DECODER_LAYER as M
 from sead_megatron.models.family import HF_LAYER as H
-from sead_megatron.models.family import Family, WeightTable
+from sead_megatron.models.family import Family, HFShapes, WeightTable
 from sead_megatron.models.hf_config import HFConfig
 from sead_megatron.models.layouts import GateUp, GroupedQKV, Replicated, Split, Vocabulary
 
@@ -38,4 +39,32 @@ def transformer_options(config: HFConfig) -> dict[str, Any]:
     return {}
 
 
-LLAMA = Family("LlamaForCausalLM", weight_table, transformer_options)
+def hf_shapes(config: HFConfig) -> HFShapes:
+    """Hugging Face name -> full shape, as in the state_dict of LlamaForCausalLM (a tied output layer left out)."""
+    hidden, ffn = config.hidden_size, config.ffn_hidden_size
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    vocabulary = (config.vocab_size, hidden)
+    layer: HFShapes = {
+        f"{H}.input_layernorm.weight": (hidden,),
+        f"{H}.post_attention_layernorm.weight": (hidden,),
+        f"{H}.self_attn.q_proj.weight": (queries, hidden),
+        f"{H}.self_attn.k_proj.weight": (keys, hidden),
+        f"{H}.self_attn.v_proj.weight": (keys, hidden),
+        f"{H}.self_attn.o_proj.weight": (hidden, queries),
+        f"{H}.mlp.gate_proj.weight": (ffn, hidden),
+        f"{H}.mlp.up_proj.weight": (ffn, hidden),
+        f"{H}.mlp.down_proj.weight": (hidden, ffn),
+    }
+    shapes: HFShapes = {"model.embed_tokens.weight": vocabulary, "model.norm.weight": (hidden,)}
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = vocabulary
+    for number in range(config.num_layers):
+        shapes |= {name.format(number): shape for name, shape in layer.items()}
+    return shapes
+
+
+# Early versions of transformers stored the rotary frequencies, which follow from config.json.
+_ROTARY_BUFFER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+
+LLAMA = Family("LlamaForCausalLM", weight_table, transformer_options, hf_shapes, _ROTARY_BUFFER)

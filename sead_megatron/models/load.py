@@ -30,7 +30,9 @@ class CheckpointReader:
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a stored tensor; UserError when it is missing."""
         if name not in self._index.tensors:
-            raise UserError(str(self._index.directory), name, "the tensor is missing", "re-export the checkpoint")
+            raise UserError(
+                str(self._index.directory), name, "the tensor is missing", "re-export the checkpoint"
+            )
         return tuple(self._index.tensors[name].shape)
 
     def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:

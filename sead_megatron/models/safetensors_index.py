@@ -7,7 +7,7 @@ data.
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,9 +124,14 @@ def _entry(path: Path, name: str, entry: object, data_start: int, size: int) -> 
     return TensorEntry(path, dtype, shape, data_start + first, data_start + last)
 
 
-def check_tensors(index: SafetensorsIndex, expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse a directory that lacks a tensor of `expected` (name -> shape) or holds it in another shape or an
-    unloadable type. Tensors beyond `expected` are allowed: tied models often store their output layer too."""
+def check_tensors(
+    index: SafetensorsIndex, expected: Mapping[str, tuple[int, ...]], is_ignored: Callable[[str], bool]
+) -> None:
+    """Refuse a directory whose tensors are not those of `expected` (name -> shape).
+
+    Raises UserError for a tensor that is missing, has another shape or an unloadable type, or that nobody would
+    read: a bias left out silently makes another model. Only names that `is_ignored` accepts may be left out.
+    """
     missing = [name for name in expected if name not in index.tensors]
     if missing:
         raise UserError(str(index.directory), None, f"lacks {_names(missing)}", "use a complete checkpoint")
@@ -146,6 +151,14 @@ def check_tensors(index: SafetensorsIndex, expected: Mapping[str, tuple[int, ...
                 f"must be {alternatives(_LOADABLE)}",
                 "use an unquantized checkpoint",
             )
+    unread = [name for name in index.tensors if name not in expected and not is_ignored(name)]
+    if unread:
+        raise UserError(
+            str(index.directory),
+            None,
+            f"holds {_names(unread)}, which the architecture of config.json does not have",
+            "make config.json and the weights belong together",
+        )
 
 
 def _names(names: list[str]) -> str:

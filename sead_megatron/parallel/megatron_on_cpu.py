@@ -99,9 +99,10 @@ class GroupStepAdam(torch.optim.Optimizer):
         eps: float,
         weight_decay: float,
         adam_w_mode: bool = True,
+        capturable: bool = False,  # 0.19 passes it; for CUDA graphs
     ) -> None:
-        if not adam_w_mode:
-            raise ValueError("GroupStepAdam decouples the weight decay; Megatron asked for L2 regularisation")
+        if not adam_w_mode or capturable:
+            raise ValueError("GroupStepAdam is AdamW without CUDA graphs; Megatron asked for something else")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -46,6 +47,17 @@ class Generation:
     finished: bool
 
 
+class WeightSource(Protocol):
+    """Full Hugging Face tensors, each in storage of its own."""
+
+    @property
+    def names(self) -> set[str]:
+        """What a complete stream holds."""
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """Yields (Hugging Face name, tensor), in the same order on every rank."""
+
+
 class RolloutEngine:
     """vLLM inside this process (`external_launcher`), over the trainer's own world.
 
@@ -69,7 +81,7 @@ class RolloutEngine:
         self._rank = dist.get_rank()
         self._tp_group = group_of_this_rank(self.layout.tensor_groups())
         self.weight_version = -1
-        device_options: dict[str, object] = {}
+        device_options: dict[str, Any] = {}
         if on_cpu:
             # MASTER_PORT and the launcher's process are equal on all ranks of a job and unique to it.
             job = f"sead{os.environ.get('MASTER_PORT', '0')}-{os.getppid()}-"
@@ -81,7 +93,10 @@ class RolloutEngine:
                 "max_num_batched_tokens": max(config.max_model_len, _CPU_BATCHED_TOKENS),
             }
         else:
-            device_options = {"gpu_memory_utilization": config.gpu_memory_utilization, "enable_sleep_mode": True}
+            device_options = {
+                "gpu_memory_utilization": config.gpu_memory_utilization,
+                "enable_sleep_mode": True,
+            }
         eager = on_cpu if config.enforce_eager is None else config.enforce_eager
         if config.kv_cache_gib is not None:
             device_options["kv_cache_memory_bytes"] = int(config.kv_cache_gib * GIB)
@@ -92,7 +107,7 @@ class RolloutEngine:
             generation_config="vllm",
             distributed_executor_backend="external_launcher",
             tensor_parallel_size=config.tensor_parallel,
-            dtype=dtype,  # type: ignore[arg-type]
+            dtype=dtype,
             enforce_eager=eager,
             max_model_len=config.max_model_len,
             max_num_seqs=config.max_num_seqs,
@@ -100,7 +115,7 @@ class RolloutEngine:
             logprobs_mode="raw_logprobs",
             logits_processors=[SamplerTap],
             disable_log_stats=True,
-            **device_options,  # type: ignore[arg-type]
+            **device_options,
         )
         vllm_patches.keep_trainer_world()
 
@@ -119,7 +134,7 @@ class RolloutEngine:
         """True on the one rank of each engine whose results are collected."""
         return self.layout.tp_rank(self._rank) == 0
 
-    def load_weights(self, stream: Iterator[tuple[str, Tensor]], expected: set[str], version: int) -> None:
+    def load_weights(self, weights: WeightSource, version: int) -> None:
         """Replaces all weights by the stream's and drops cached prefixes.
 
         Raises RuntimeError when the stream is incomplete: vLLM only warns about a missing tensor and would go on
@@ -128,11 +143,12 @@ class RolloutEngine:
         seen: set[str] = set()
 
         def recorded() -> Iterator[tuple[str, Tensor]]:
-            for name, tensor in stream:
+            for name, tensor in weights:
                 seen.add(name)
                 yield name, tensor
 
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": recorded()})
+        expected = weights.names
         if seen != expected:
             raise RuntimeError(
                 f"weight sync to version {version} is incomplete: "
@@ -170,7 +186,7 @@ class RolloutEngine:
         ]
         # Seeded requests draw from their own generators, yet generate() advances torch's global one too.
         with torch.random.fork_rng(devices=[] if self._on_cpu else None):
-            outputs = self._llm.generate(requests, params, use_tqdm=False)  # type: ignore[arg-type]
+            outputs = self._llm.generate(requests, params, use_tqdm=False)
         tapped = RECORDER.rows_by_request()
         return [self._generation(output, tapped.get(i), sampling) for i, output in enumerate(outputs)]
 
@@ -193,8 +209,8 @@ class RolloutEngine:
         """Shuts the engine down while the process groups that it made can still be destroyed."""
         self._llm.llm_engine.engine_core.shutdown()
 
-    def _generation(self, output: object, tapped: np.ndarray | None, sampling: Sampling) -> Generation:
-        completion = output.outputs[0]  # type: ignore[attr-defined]
+    def _generation(self, output: Any, tapped: np.ndarray | None, sampling: Sampling) -> Generation:
+        completion = output.outputs[0]
         token_ids = np.asarray(completion.token_ids, dtype=np.int32)
         if tapped is None:
             tapped = np.zeros((0, 4), dtype=np.float32)
@@ -203,7 +219,10 @@ class RolloutEngine:
                 f"the sampler tap saw {len(tapped)} positions of a response of {len(token_ids)} tokens"
             )
         raw = np.asarray(
-            [step[token].logprob for step, token in zip(completion.logprobs, token_ids.tolist(), strict=True)],
+            [
+                step[token].logprob
+                for step, token in zip(completion.logprobs, token_ids.tolist(), strict=True)
+            ],
             dtype=np.float64,
         )
         logits = raw + tapped[:, LSE]

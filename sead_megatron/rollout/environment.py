@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 
@@ -18,8 +19,12 @@ def prepare_environment(*, on_cpu: bool) -> None:
         "VLLM_LOGGING_LEVEL": "ERROR",
     }
     if on_cpu:
-        # Megatron says several times that the GPU packages are missing; on a CPU nobody expects them.
-        warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|full scope).*", category=UserWarning)
+        # Megatron and vLLM say several times that GPU packages are missing; on a CPU nobody expects them.
+        warnings.filterwarnings(
+            "ignore", message=".*(Transformer Engine|Apex|full scope).*", category=UserWarning
+        )
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"(vllm|torch\.distributed)")
+        logging.getLogger("vllm").setLevel(logging.ERROR)
         # torch.compile costs the first generate call 40 s and gains nothing for a run of minutes; waiting OpenMP
         # threads would steal the cores of the other ranks; binding threads assumes one engine a machine.
         defaults |= {
@@ -27,6 +32,8 @@ def prepare_environment(*, on_cpu: bool) -> None:
             "OMP_NUM_THREADS": "1",
             "OMP_WAIT_POLICY": "passive",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            # torch's C++ warnings here are about NUMA binding, one a rank.
+            "TORCH_CPP_LOG_LEVEL": "ERROR",
         }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)

@@ -47,7 +47,9 @@ class _Recorder:
         if not self._chunks:
             return {}
         rows = torch.cat([rows for _, rows in self._chunks]).cpu().numpy()
-        last = {position: i for i, position in enumerate(p for positions, _ in self._chunks for p in positions)}
+        last = {
+            position: i for i, position in enumerate(p for positions, _ in self._chunks for p in positions)
+        }
         by_request: dict[int, list[int]] = {}
         for (request, _), i in sorted(last.items()):
             by_request.setdefault(request, []).append(i)

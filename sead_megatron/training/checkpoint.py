@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-import re
+import queue
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,41 +17,32 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from sead_megatron.errors import UserError
+from sead_megatron.training.checkpoint_files import (
+    STATE_FILE,
+    checkpoint_path,
+    checkpoint_steps,
+    removal_remedy,
+)
 from sead_megatron.training.student import Student
 
-_NAME = re.compile(r"^step_(\d{8})$")
 # The only sharding of the distributed optimizer's state that loads at any other layout.
 _RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable"}
-STATE_FILE = "state.json"
-
-
-def checkpoint_steps(directory: Path) -> list[int]:
-    """Steps of the complete checkpoints in a directory, ascending."""
-    if not directory.is_dir():
-        return []
-    return sorted(int(m.group(1)) for path in directory.iterdir() if (m := _NAME.match(path.name)))
-
-
-def checkpoint_path(directory: Path, step: int) -> Path:
-    """Where the checkpoint of a number of completed steps lies."""
-    return directory / f"step_{step:08d}"
 
 
 def _partial_path(directory: Path, step: int) -> Path:
     return directory / f"{checkpoint_path(directory, step).name}.partial"
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """The small state of a checkpoint; UserError when it cannot be read."""
-    try:
-        state: dict[str, Any] = json.loads((path / STATE_FILE).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(
-            str(path / STATE_FILE), None, f"cannot be read ({error})", "remove this checkpoint to use an earlier one"
-        ) from error
-    return state
+def _collect_results_in_this_process() -> None:
+    """Gives Megatron a plain queue for what its writers report.
+
+    Its own queue lives in a manager process of some 200 MB which survives a killed rank for good, and takes
+    seconds to start (megatron-core 0.16.1). A synchronous save fills and empties the queue in one process.
+    """
+    filesystem_async._results_queue = queue.Queue()
 
 
 def write_checkpoint(directory: Path, step: int, student: Student, state: dict[str, Any]) -> None:
@@ -65,6 +56,7 @@ def write_checkpoint(directory: Path, step: int, student: Student, state: dict[s
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
+    _collect_results_in_this_process()
     dist_checkpointing.save(_sharded_state(student, is_loading=False), str(partial))
     torch.save({"torch": torch.get_rng_state()}, partial / f"rng_{dist.get_rank()}.pt")
     dist.barrier()
@@ -98,9 +90,7 @@ def _load_sharded(path: Path, student: Student) -> dict[str, Any]:
     try:
         loaded: dict[str, Any] = dist_checkpointing.load(_sharded_state(student, is_loading=True), str(path))
     except (OSError, dist_checkpointing.core.CheckpointingException) as error:
-        raise UserError(
-            str(path), None, f"cannot be loaded ({error})", "remove this checkpoint to use an earlier one"
-        ) from error
+        raise UserError(str(path), None, f"cannot be loaded ({error})", removal_remedy(path)) from error
     return loaded
 
 

@@ -14,9 +14,9 @@ import torch.distributed as dist
 from sead_megatron.config import TrainConfig
 from sead_megatron.data.curriculum import Curriculum, build_curriculum
 from sead_megatron.data.difficulty import read_difficulties
-from sead_megatron.data.prompts import PromptRecord, check_prompt_lengths, read_prompts
+from sead_megatron.data.tokenised import evaluation_prompts, training_prompts
 from sead_megatron.data.types import Prompt
-from sead_megatron.models.export import expected_hf_names, stream_hf_tensors
+from sead_megatron.models.export import HFStream
 from sead_megatron.models.tokenizer import Tokenizer, load_tokenizer
 from sead_megatron.objectives import build_objective
 from sead_megatron.objectives.base import Objective
@@ -36,6 +36,7 @@ class Job:
     device: torch.device
     engine: RolloutEngine
     models: Models
+    weights: HFStream
     tokenizer: Tokenizer
     prompts: Sequence[Prompt]
     eval_prompts: Sequence[Prompt]
@@ -60,10 +61,8 @@ class Job:
 
     def sync_weights(self, version: int) -> None:
         """Gives the engine the student's weights (a collective over the world)."""
-        model = self.models.student.model
         self.engine.wake_for_weights()
-        stream = stream_hf_tensors(model, self.config.rollout.sync_bucket_mib)
-        self.engine.load_weights(stream, expected_hf_names(model), version)
+        self.engine.load_weights(self.weights, version)
         self.engine.wake_for_rollouts()
 
 
@@ -91,23 +90,10 @@ def build_engine(config: TrainConfig) -> RolloutEngine:
     )
 
 
-def tokenise(
-    records: Sequence[PromptRecord], tokenizer: Tokenizer, config: TrainConfig, max_new_tokens: int
-) -> list[Prompt]:
-    """Prompts with their token ids; UserError when one leaves no room for a response."""
-    ids = [tokenizer.encode_messages(record.messages) for record in records]
-    lengths = [(record.id, len(tokens)) for record, tokens in zip(records, ids, strict=True)]
-    check_prompt_lengths(lengths, config.rollout.max_model_len, max_new_tokens)
-    return [
-        Prompt(record.id, record.messages, record.answer, record.domain, tuple(tokens))
-        for record, tokens in zip(records, ids, strict=True)
-    ]
-
-
 def build_job(config: TrainConfig, report: Callable[[str], None]) -> Job:
     """Builds everything, cheap and fallible things first. `report` says what is going on."""
     tokenizer = load_tokenizer(config.tokenizer_path)
-    prompts = tokenise(read_prompts(config.data.prompts), tokenizer, config, config.rollout.max_new_tokens)
+    prompts = training_prompts(config, tokenizer)
     eval_prompts = evaluation_prompts(config, tokenizer)
     difficulties = None
     if config.curriculum.difficulty is not None:
@@ -126,17 +112,10 @@ def build_job(config: TrainConfig, report: Callable[[str], None]) -> Job:
     report("loading student and teacher")
     models = build_models(config, device)
     torch.manual_seed(config.seed + dist.get_rank())
+    weights = HFStream(models.student.model, config.rollout.sync_bucket_mib)
     return Job(
-        config, device, engine, models, tokenizer, prompts, eval_prompts, curriculum, objective
+        config, device, engine, models, weights, tokenizer, prompts, eval_prompts, curriculum, objective
     )
-
-
-def evaluation_prompts(config: TrainConfig, tokenizer: Tokenizer) -> list[Prompt]:
-    """The held-out prompts that the configuration names (none when it names no file)."""
-    if config.evaluation.prompts is None:
-        return []
-    records = read_prompts(config.evaluation.prompts, "evaluation.prompts")[: config.evaluation.limit]
-    return tokenise(records, tokenizer, config, config.evaluation_max_new_tokens)
 
 
 def run_path(config: TrainConfig) -> Path:

@@ -68,7 +68,9 @@ def run_rows(
     With `train=False` each loss function is called with `non_loss_data=True` and its value is collected as it is.
     """
     pipelined = groups.layout.pipeline > 1
-    schedule = forward_backward_pipelining_without_interleaving if pipelined else forward_backward_no_pipelining
+    schedule = (
+        forward_backward_pipelining_without_interleaving if pipelined else forward_backward_no_pipelining
+    )
     config = model.config
     communicator = P2PCommunicator(groups.collection.pp, config) if pipelined else None
     return schedule(

@@ -166,10 +166,10 @@ class Student:
 
     def _share(self, plan: StepPlan, outputs: list[tuple[Tensor, dict[str, Tensor]]]) -> dict[str, Tensor]:
         token_index = torch.cat([index for index, _ in outputs]) if outputs else None
-        measured = {name: torch.cat([columns[name] for _, columns in outputs]) for name in MEASURED if outputs}
-        return share_columns(
-            MEASURED, measured, token_index, plan.num_tokens, self.model.groups, self.device
-        )
+        measured = {
+            name: torch.cat([columns[name] for _, columns in outputs]) for name in MEASURED if outputs
+        }
+        return share_columns(MEASURED, measured, token_index, plan.num_tokens, self.model.groups, self.device)
 
     def _global_loss(self, values: list[Tensor]) -> Tensor:
         """The loss of the global batch, float64, equal on all ranks (a collective over the world)."""
@@ -185,6 +185,8 @@ def _named(stats: Any) -> dict[str, Tensor]:
     return {name: getattr(stats, name) for name in MEASURED}
 
 
-def _finalize_without_averaging(model: list[torch.nn.Module], num_tokens: Tensor | None, **kwargs: Any) -> None:
+def _finalize_without_averaging(
+    model: list[torch.nn.Module], num_tokens: Tensor | None, **kwargs: Any
+) -> None:
     """Megatron would divide the gradients by its token count; ours are normalised by the objective."""
     finalize_model_grads(model, None, **kwargs)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sead_megatron.data.packing import PackedRow, build_row, pack_rows
 from sead_megatron.models.build import BuiltModel
+from sead_megatron.models.hf_config import HFConfig
 from sead_megatron.parallel.groups import ParallelGroups
 from sead_megatron.parallel.layout import Layout
 from sead_megatron.training.pipeline import forward_row, response_rows, row_multiple, run_rows
@@ -63,6 +64,11 @@ class Teacher:
     def layout(self) -> Layout:
         """The teacher's layout over the world."""
         return self._model.groups.layout
+
+    @property
+    def config(self) -> HFConfig:
+        """The teacher's architecture."""
+        return self._model.config
 
     def score(self, plan: StepPlan) -> TeacherScores | None:
         """Hidden states of this rank's rollouts; None on ranks that hold no part of the student's output layer.

@@ -1,18 +1,23 @@
 """The command line as a user meets it: exit codes, one line on stderr, and what a dying rank does."""
 
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 import sead_megatron
 from sead_megatron import __main__ as cli
-from tests.tiny_inputs import write_inputs
+from sead_megatron.config import load_config
+from sead_megatron.training.checkpoint_files import checkpoint_path
+from tests.tiny_inputs import llama_shapes, write_inputs, write_jsonl, write_safetensors
+from tests.tiny_run import write_run
 
 ROOT = Path(sead_megatron.__file__).parents[1]
+ON_CPU = ["device=cpu", "rollout.kv_cache_gib=0.1"]
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +98,7 @@ def test_check_passes_and_says_so(config_yaml: Path) -> None:
             "--world-size",
             "4",
             "steps=2",
+            *ON_CPU,
         ]
     )
     assert (done.returncode, done.stderr) == (0, "")
@@ -102,11 +108,88 @@ def test_check_passes_and_says_so(config_yaml: Path) -> None:
     )
 
 
-def test_check_imports_nothing_heavy(config_yaml: Path) -> None:
+def lacks_a_tensor(inputs: Path) -> str:
+    shapes = llama_shapes()
+    del shapes["model.layers.1.mlp.gate_proj.weight"]
+    write_safetensors(inputs / "teacher" / "model.safetensors", shapes)
+    return "DIR/teacher: lacks model.layers.1.mlp.gate_proj.weight; use a complete checkpoint"
+
+
+def is_cut_off(inputs: Path) -> str:
+    file = inputs / "student" / "model.safetensors"
+    size = file.stat().st_size
+    file.write_bytes(file.read_bytes()[:-10])
+    return (
+        f"DIR/student/model.safetensors: model.layers.3.mlp.down_proj.weight: ends at byte {size}, but the file "
+        f"has {size - 10}; complete the download"
+    )
+
+
+def has_a_long_prompt(inputs: Path) -> str:
+    """Longer than the tokenizer's own limit too, of which transformers would warn on stderr."""
+    settings = inputs / "student" / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"model_max_length": 16}))
+    entries = [{"id": f"p{number}", "prompt": "one " * (46 + number)} for number in range(8)]
+    write_jsonl(inputs / "prompts.jsonl", entries)
+    return (
+        "rollout.max_model_len = 64: leaves 48 tokens for a prompt beside max_new_tokens (16), but 7 of 8 prompts "
+        "are longer, the longest 'p7' with 55; use at least 71, or shorten or remove these prompts"
+    )
+
+
+def holds_another_run(inputs: Path) -> str:
+    write_run(load_config(inputs / "config.yaml", [*ON_CPU, "seed=7"]))
+    return (
+        'run_dir = "DIR/run": holds a run with another configuration: seed 7 -> 1234; choose another run_dir, or '
+        "restore these fields"
+    )
+
+
+def has_a_damaged_checkpoint(inputs: Path) -> str:
+    run = write_run(load_config(inputs / "config.yaml", ON_CPU), 1, 2)
+    shard = checkpoint_path(run.checkpoints_path, 2) / "__0_0.distcp"
+    size = shard.stat().st_size
+    shard.write_bytes(shard.read_bytes()[: size // 2])
+    return (
+        f"DIR/run/checkpoints/step_00000002/__0_0.distcp: {size // 2} bytes, must have {size} by .metadata; "
+        "remove this checkpoint directory to continue from the previous one"
+    )
+
+
+@pytest.mark.parametrize(
+    "damage", [lacks_a_tensor, is_cut_off, has_a_long_prompt, holds_another_run, has_a_damaged_checkpoint]
+)
+def test_train_refuses_before_torchrun(tmp_path: Path, damage: Callable[[Path], str]) -> None:
+    config = write_inputs(tmp_path)
+    message = damage(tmp_path).replace("DIR", str(tmp_path))
+    done = run(["-m", "sead_megatron", "train", config, *ON_CPU])
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {message}\n")
+
+
+def test_check_refuses_what_train_would(tmp_path: Path) -> None:
+    config = write_inputs(tmp_path)
+    message = lacks_a_tensor(tmp_path).replace("DIR", str(tmp_path))
+    done = run(["-m", "sead_megatron", "check", config, "--world-size", "1", *ON_CPU])
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {message}\n")
+
+
+def test_the_first_stage_imports_nothing_heavy(config_yaml: Path) -> None:
+    script = (
+        "import sys; from sead_megatron import __main__; "
+        "from sead_megatron.config import check_config, load_config; "
+        f"check_config(load_config({str(config_yaml)!r}), 4); "
+        "heavy = {'torch', 'transformers', 'megatron', 'vllm', 'safetensors', 'numpy'} & set(sys.modules); "
+        "sys.exit(f'imported: {heavy}' if heavy else 0)"
+    )
+    done = run(["-c", script])
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_second_stage_imports_neither_megatron_nor_vllm(config_yaml: Path) -> None:
     script = (
         "import sys; from sead_megatron import __main__ as cli; "
-        f"code = cli.main(['check', {str(config_yaml)!r}, '--world-size', '4']); "
-        "heavy = {'torch', 'transformers', 'megatron', 'vllm', 'safetensors', 'numpy'} & set(sys.modules); "
+        f"code = cli.main(['check', {str(config_yaml)!r}, '--world-size', '4', *{ON_CPU!r}]); "
+        "heavy = {'megatron', 'vllm'} & set(sys.modules); "
         "sys.exit(f'imported: {heavy}' if heavy else code)"
     )
     done = run(["-c", script])
@@ -135,11 +218,11 @@ def test_train_becomes_torchrun(
 
     monkeypatch.setattr(os, "execv", execv)
     with pytest.raises(SystemExit):
-        cli.main(["train", str(config_yaml), "steps=2", *options, "seed=5"])
+        cli.main(["train", str(config_yaml), "steps=2", *options, "seed=5", *ON_CPU])
     assert called == [
         [
             *(sys.executable, sys.executable, "-m", "torch.distributed.run", *expected),
-            *("-m", "sead_megatron", "train", str(config_yaml), "steps=2", "seed=5"),
+            *("-m", "sead_megatron", "train", str(config_yaml), "steps=2", "seed=5", *ON_CPU),
         ]
     ]
 

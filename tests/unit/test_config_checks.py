@@ -214,7 +214,8 @@ def test_truncated_weights(good: Path, tmp_path: Path) -> None:
     size = file.stat().st_size
     file.write_bytes(file.read_bytes()[:-1])
     assert mistake(good, 1, f"teacher.path={teacher}") == (
-        f"{file}: model.norm.weight: ends at byte {size}, but the file has {size - 1}; complete the download"
+        f"{file}: model.layers.3.mlp.down_proj.weight: ends at byte {size}, but the file has {size - 1}; "
+        "complete the download"
     )
 
 

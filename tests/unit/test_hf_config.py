@@ -42,7 +42,7 @@ def test_fields_and_defaults(tmp_path: Path) -> None:
     assert (config.num_attention_heads, config.num_key_value_heads, config.ffn_hidden_size) == (8, 4, 96)
     assert (config.vocab_size, config.max_position_embeddings, config.rms_norm_eps) == (8, 128, 1e-6)
     assert (config.rope_theta, config.rope_scaling, config.tie_word_embeddings) == (10000.0, None, False)
-    assert (config.attention_bias, config.mlp_bias, config.eos_ids) == (False, False, (2,))
+    assert config.eos_ids == (2,)
     assert config.raw["intermediate_size"] == 96
 
 
@@ -53,8 +53,8 @@ def test_stated_values(tmp_path: Path) -> None:
             head_dim=16,
             num_key_value_heads="absent",
             tie_word_embeddings=True,
-            attention_bias=True,
-            mlp_bias=True,
+            attention_bias=False,
+            mlp_bias=None,
             rms_norm_eps=1e-5,
             rope_theta=500000,
         )
@@ -65,7 +65,7 @@ def test_stated_values(tmp_path: Path) -> None:
         1e-5,
         5e5,
     )
-    assert config.tie_word_embeddings and config.attention_bias and config.mlp_bias
+    assert config.tie_word_embeddings
 
 
 def test_both_spellings_of_llama3_rope(tmp_path: Path) -> None:
@@ -123,6 +123,10 @@ def test_eos_ids_of_both_files_each_once(tmp_path: Path) -> None:
         ({"tie_word_embeddings": "yes"},
          'DIR/config.json: tie_word_embeddings = "yes": must be true or false; correct config.json'),
         ({"hidden_act": "gelu"}, 'DIR/config.json: hidden_act = "gelu": must be "silu"; use another model'),
+        ({"attention_bias": True},
+         "DIR/config.json: attention_bias = true: biases are not supported; use another model"),
+        ({"mlp_bias": True},
+         "DIR/config.json: mlp_bias = true: biases are not supported; use another model"),
         ({"quantization_config": {"bits": 4}},
          "DIR/config.json: quantization_config: quantized weights; use the bfloat16 or float32 checkpoint"),
         ({"eos_token_id": "</s>"},

