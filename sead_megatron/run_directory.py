@@ -50,7 +50,6 @@ _MAY_CHANGE = (
     "metrics.",
     "kernel.",
     "evaluation.",
-    "optimizer.distributed",
 )
 _MISSING = "(not set)"
 _ROLLOUT_FILE = re.compile(r"step_(\d+)\.jsonl")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -21,6 +23,9 @@ LLAMA3_ROPE = {
 
 def tiny_llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
     """A random LlamaForCausalLM whose norms are random too: with unit norms a norm test proves nothing."""
+    # Seconds to import, for every rank of a program that only wants `fixed_rollout`.
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     options: dict[str, Any] = {
         "vocab_size": 250,
         "hidden_size": 64,

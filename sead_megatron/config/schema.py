@@ -264,11 +264,6 @@ class TrainConfig(Section):
         return self.rollout.dtype or self.student.dtype
 
     @property
-    def enforce_eager(self) -> bool:
-        """`rollout.enforce_eager` with its default applied."""
-        return self.device == "cpu" if self.rollout.enforce_eager is None else self.rollout.enforce_eager
-
-    @property
     def evaluation_max_new_tokens(self) -> int:
         """`evaluation.max_new_tokens` with its default applied."""
         return self.evaluation.max_new_tokens or self.rollout.max_new_tokens

@@ -54,11 +54,7 @@ def test_defaults(config_yaml: Path) -> None:
 
 def test_derived_defaults(config_yaml: Path) -> None:
     config = load_config(config_yaml, ["device=cpu", "student.dtype=float32", "student.parallel.tensor=2"])
-    assert (config.tokenizer_path, config.rollout_dtype, config.enforce_eager) == (
-        "in/student",
-        "float32",
-        True,
-    )
+    assert (config.tokenizer_path, config.rollout_dtype) == ("in/student", "float32")
     assert config.evaluation_max_new_tokens == 16
     assert (config.student.parallel.sequence_parallel, config.teacher.parallel.sequence_parallel) == (
         True,
@@ -70,13 +66,12 @@ def test_derived_defaults(config_yaml: Path) -> None:
             *(
                 "tokenizer=t",
                 "rollout.dtype=float32",
-                "rollout.enforce_eager=true",
                 "evaluation.max_new_tokens=3",
             ),
             *("student.parallel.tensor=2", "student.parallel.sequence=false"),
         ],
     )
-    assert (config.tokenizer_path, config.rollout_dtype, config.enforce_eager) == ("t", "float32", True)
+    assert (config.tokenizer_path, config.rollout_dtype) == ("t", "float32")
     assert (config.evaluation_max_new_tokens, config.student.parallel.sequence_parallel) == (3, False)
 
 

@@ -61,7 +61,6 @@ def test_open_names_every_difference(tmp_path: Path) -> None:
         "metrics.wandb=offline",
         "kernel.tile_tokens=64",
         "evaluation.every=2",
-        "optimizer.distributed=false",
     ],
 )
 def test_layout_and_reporting_may_change(tmp_path: Path, override: str) -> None:
@@ -78,6 +77,7 @@ def test_layout_and_reporting_may_change(tmp_path: Path, override: str) -> None:
         "student.dtype=float32",
         "rollout.temperature=1.0",
         "optimizer.beta1=0.8",
+        "optimizer.distributed=false",
         "curriculum.sigma=0.1",
     ],
 )

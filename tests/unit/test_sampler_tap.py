@@ -40,7 +40,9 @@ def change(
     added: Sequence[Any] = (),
     moved: Sequence[Any] = (),
 ) -> None:
-    tap.update_state(BatchUpdate(batch_size=size, removed=list(removed), added=list(added), moved=list(moved)))
+    tap.update_state(
+        BatchUpdate(batch_size=size, removed=list(removed), added=list(added), moved=list(moved))
+    )
 
 
 def logits(*values: float) -> torch.Tensor:

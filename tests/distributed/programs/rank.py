@@ -13,7 +13,10 @@ import torch.distributed as dist
 
 
 def run(body: Callable[..., Any], redirect: bool = True) -> None:
-    """Joins the gloo world, redirects torch.cuda (unless the body does), calls `body(**arguments)` and writes rank 0's return value."""
+    """Joins the gloo world, calls `body(**arguments)` and writes rank 0's return value.
+
+    `redirect`: torch.cuda to the CPU before that; a body that starts an engine does it itself, afterwards.
+    """
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     if redirect:

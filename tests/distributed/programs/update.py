@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import rank
@@ -38,11 +41,23 @@ def config_of(case: dict[str, Any], student: str, teacher: str) -> Any:
             "device": "cpu",
             "run_dir": "unused",
             "steps": STEPS,
-            "student": {"path": student, "dtype": "float32", "parallel": layout(case["student"])},
-            "teacher": {"path": teacher, "dtype": "float32", "parallel": layout(case["teacher"])},
+            "student": {
+                "path": student,
+                "dtype": case.get("dtype", "float32"),
+                "parallel": layout(case["student"]),
+            },
+            "teacher": {
+                "path": teacher,
+                "dtype": case.get("dtype", "float32"),
+                "parallel": layout(case["teacher"]),
+            },
             "data": {"prompts": "unused", "prompts_per_step": 12},
             "rollout": {"max_new_tokens": 40, "max_model_len": 64, "kv_cache_gib": 0.1},
-            "objective": {"name": "sead", "student_entropy": "trainer", "temperature": case.get("temperature", 1.0)},
+            "objective": {
+                "name": "sead",
+                "student_entropy": "trainer",
+                "temperature": case.get("temperature", 1.0),
+            },
             "kernel": {"backend": "torch", "tile_tokens": 32, "tile_vocab": 64},
             "batch": {"max_tokens_per_microbatch": case["max_tokens"], "packing": case["packing"]},
             "optimizer": {
@@ -56,19 +71,39 @@ def config_of(case: dict[str, Any], student: str, teacher: str) -> Any:
     )
 
 
+@contextmanager
+def marking(case: dict[str, Any]) -> Iterator[None]:
+    """Negative control: `"marked": False` leaves tensor-parallel parameters unmarked."""
+    target = "sead_megatron.models.build._mark_tensor_parallel_parameters"
+    if case.get("marked", True):
+        yield
+    else:
+        with mock.patch(target, lambda module, weights: None):
+            yield
+
+
 def run_case(case: dict[str, Any], student: str, teacher: str) -> dict[str, Any]:
     """Losses, norms, zones and per-token entropies of three updates, and the exported weights after them."""
     from sead_megatron.data.types import TokenTable
-    from sead_megatron.models.export import stream_hf_tensors
+    from sead_megatron.models.export import HFStream
     from sead_megatron.objectives import build_objective
     from sead_megatron.parallel.groups import destroy_groups
     from sead_megatron.training.models import build_models
     from sead_megatron.training.step_plan import plan_step
 
     config = config_of(case, student, teacher)
-    models = build_models(config, torch.device("cpu"))
+    with marking(case):
+        models = build_models(config, torch.device("cpu"))
     objective = build_objective(config.objective, STEPS)
-    result: dict[str, Any] = {"loss": [], "grad_norm": [], "zones": [], "entropies": []}
+    result: dict[str, Any] = {
+        "loss": [],
+        "grad_norm": [],
+        "zones": [],
+        "student_entropy": [],
+        "teacher_entropy": [],
+        "forward_kl_max": [],
+        "reverse_kl_max": [],
+    }
     for step in range(STEPS):
         plan = plan_step(fixed_rollouts(step), models.student.model.groups.layout, models.teacher.layout)
         scores = models.teacher.score(plan)
@@ -79,20 +114,30 @@ def run_case(case: dict[str, Any], student: str, teacher: str) -> dict[str, Any]
         result["loss"].append(update.loss)
         result["grad_norm"].append(update.grad_norm)
         result["zones"].append(coefficients.zones.tolist())
-        result["entropies"].append([table.student_entropy.tolist(), table.teacher_entropy.tolist()])
-    weights = dict(stream_hf_tensors(models.student.model, bucket_mib=1))
+        for name in ("student_entropy", "teacher_entropy"):
+            result[name].append(getattr(table, name).tolist())
+        for name in ("forward_kl", "reverse_kl"):
+            result[f"{name}_max"].append(getattr(table, name).abs().max().item())
+    weights = dict(HFStream(models.student.model, bucket_mib=1))
     destroy_groups()
     return result | {"weights": weights}
 
 
-def body(student: str, teacher: str, cases: list[dict[str, Any]], reference: str) -> list[dict[str, Any]]:
-    """Every case, with the relative difference of its weights to those stored at `reference` (made if missing)."""
+def body(
+    students: dict[str, str], teacher: str, cases: list[dict[str, Any]], references: str
+) -> list[dict[str, Any]]:
+    """Every case, with the relative difference of its weights to the first case's of the same student.
+
+    `students` maps the cases' "model" to a directory. Reference weights lie in the directory `references`, made by
+    the first case that finds none; the difference is the largest over tensors, in norm.
+    """
     results = []
     for case in cases:
-        result = run_case(case, student, teacher)
+        result = run_case(case, students[case["model"]], teacher)
         weights = {name: tensor.contiguous() for name, tensor in result.pop("weights").items()}
         if dist.get_rank() == 0:
-            if not Path(reference).exists():
+            reference = Path(references) / f"{case['model']}.safetensors"
+            if not reference.exists():
                 save_file(weights, reference)
             wanted = load_file(reference)
             assert wanted.keys() == weights.keys()

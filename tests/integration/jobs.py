@@ -1,0 +1,133 @@
+"""Jobs of the command line on tiny models, with and without an injected fault."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.tiny_inputs import write_jsonl, write_tokenizer_json
+from tests.tiny_models import save_tiny_llama
+
+ROOT = Path(__file__).parents[2]
+HOOKS = Path(__file__).parent / "hooks"
+WORDS = ["<unk>", "<s>", "</s>", "is", "plus", "times", *(f"n{i}" for i in range(61))]
+NUM_PROMPTS = 64
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How and when (seconds since the epoch) a job ended.
+
+    `leftover`: ids of its processes that were alive 20 s after its launcher had ended.
+    """
+
+    returncode: int
+    output: str
+    ended_at: float
+    leftover: list[int]
+
+
+def write_job(directory: Path, **changes: Any) -> Path:
+    """Models (67 tokens, so that padding is at work), tokenizer, prompts and a config.yaml; returns the latter.
+
+    `changes` replace or extend sections of the configuration.
+    """
+    shape: dict[str, Any] = {"vocab_size": len(WORDS), "head_dim": 32, "initializer_range": 0.08}
+    student = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    save_tiny_llama(directory / "student", seed=1, tie_word_embeddings=True, **shape, **student)
+    save_tiny_llama(directory / "teacher", seed=2, num_hidden_layers=2, **shape)
+    for name in ("student", "teacher"):
+        write_tokenizer_json(directory / name, WORDS)
+    prompts = [
+        {
+            "id": f"p{i}",
+            "prompt": f"n{i % 61} {'plus' if i % 2 else 'times'} n{i * 7 % 61}",
+            "answer": str(i % 10),
+        }
+        for i in range(NUM_PROMPTS)
+    ]
+    write_jsonl(directory / "train.jsonl", prompts)
+    write_jsonl(directory / "eval.jsonl", prompts[:8])
+    write_jsonl(
+        directory / "difficulty.jsonl", [{"id": p["id"], "difficulty": i / 64} for i, p in enumerate(prompts)]
+    )
+    config: dict[str, Any] = {
+        "device": "cpu",
+        "run_dir": str(directory / "run"),
+        "steps": 6,
+        "student": {"path": str(directory / "student"), "dtype": "float32"},
+        "teacher": {"path": str(directory / "teacher"), "dtype": "float32", "parallel": {"tensor": 2}},
+        "data": {"prompts": str(directory / "train.jsonl"), "prompts_per_step": 12},
+        "evaluation": {"prompts": str(directory / "eval.jsonl"), "every": 3},
+        "rollout": {"max_new_tokens": 16, "max_model_len": 64, "kv_cache_gib": 0.0625},
+        "curriculum": {"difficulty": str(directory / "difficulty.jsonl")},
+        "batch": {"max_tokens_per_microbatch": 128},
+        "optimizer": {"lr": 1e-3},
+        "metrics": {"full_stats_every": 1},
+        "checkpoint": {"every": 2},
+    }
+    for section, values in changes.items():
+        config[section] = config.get(section, {}) | values if isinstance(values, dict) else values
+    path = directory / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def run_job(
+    config: Path, ranks: int, *overrides: str, fault: dict[str, Any] | None = None, timeout: int = 300
+) -> Finished:
+    """`python -m sead_megatron train CONFIG --nproc-per-node RANKS OVERRIDES` to its end."""
+    token = uuid.uuid4().hex
+    environment = os.environ | {"SEAD_TEST_JOB": token, "OMP_NUM_THREADS": "1"}
+    if fault is not None:
+        environment["SEAD_TEST_FAULT"] = json.dumps({"rank": 0, "call": 1, "action": "kill"} | fault)
+        environment["PYTHONPATH"] = os.pathsep.join([str(HOOKS), os.environ.get("PYTHONPATH", "")])
+    command = [
+        sys.executable,
+        "-m",
+        "sead_megatron",
+        "train",
+        str(config),
+        f"--nproc-per-node={ranks}",
+        *overrides,
+    ]
+    with open(config.with_suffix(".log"), "w+") as log:
+        ended = subprocess.run(
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            timeout=timeout,
+            env=environment,
+            cwd=ROOT,
+            check=False,
+        )
+        ended_at = time.time()
+        log.seek(0)
+        output = log.read()
+    deadline = time.monotonic() + 20
+    while (alive := processes_of(token)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return Finished(ended.returncode, output, ended_at, alive)
+
+
+def processes_of(token: str) -> list[int]:
+    """Ids of the living processes that a job started, by the mark in their environment."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                marked = f"SEAD_TEST_JOB={token}".encode() in (entry / "environ").read_bytes()
+            except OSError:
+                continue
+            if marked:
+                found.append(int(entry.name))
+    return found
