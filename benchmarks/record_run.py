@@ -33,9 +33,11 @@ def machine() -> dict[str, object]:
 
 def commit() -> str:
     """The checked-out commit, with `+changes` when files differ from it."""
-    sha = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
-    changed = subprocess.run(["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True).stdout
-    return sha.strip() + ("+changes" if changed.strip() else "")
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout.strip()
+
+    return git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
 
 
 def record(run_dir: Path) -> dict[str, object]:

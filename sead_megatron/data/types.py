@@ -105,9 +105,10 @@ class TokenTable:
 
     Every rank of the world holds the same table, so that whatever is decided from it is the same everywhere.
     ``offsets`` is int64 [S+1] on the CPU (host code slices by it): rollout i owns tokens
-    ``offsets[i]:offsets[i+1]``. Every other column is float32 [N], detached, in nats, at the loss' temperature, or None when
-    it was not measured. ``rollout_logprob`` is the engine's, ``student_logprob`` the trainer's, of the sampled
-    token; KL directions: ``forward_kl`` = KL(teacher || student), ``reverse_kl`` = KL(student || teacher).
+    ``offsets[i]:offsets[i+1]``. Every other column is float32 [N], detached, in nats, at the loss' temperature,
+    or None when it was not measured. ``rollout_logprob`` is the engine's, ``student_logprob`` the trainer's, of
+    the sampled token; KL directions: ``forward_kl`` = KL(teacher || student), ``reverse_kl`` =
+    KL(student || teacher).
 
     Raises ValueError for a wrong dtype, shape or device, or for a column that requires grad.
     """

@@ -12,8 +12,8 @@ _PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}
 
 def matmul_parameters(config: HFConfig) -> int:
     """Weights that a token is multiplied with: all matrices but the input embedding."""
-    attention = config.hidden_size * config.head_dim * 2 * (
-        config.num_attention_heads + config.num_key_value_heads
+    attention = (
+        config.hidden_size * config.head_dim * 2 * (config.num_attention_heads + config.num_key_value_heads)
     )
     mlp = 3 * config.hidden_size * config.ffn_hidden_size
     return config.num_layers * (attention + mlp) + config.vocab_size * config.hidden_size

@@ -22,7 +22,11 @@ pytestmark = [
 ]
 
 # SmolLM2 has 9 heads and 3 KV heads: TP is 1 or 3.
-LAYOUTS = {1: [{"tensor": 1, "pipeline": 1}], 2: [{"tensor": 1, "pipeline": 2}], 3: [{"tensor": 3, "pipeline": 1}]}
+LAYOUTS = {
+    1: [{"tensor": 1, "pipeline": 1}],
+    2: [{"tensor": 1, "pipeline": 2}],
+    3: [{"tensor": 3, "pipeline": 1}],
+}
 
 
 @pytest.fixture(scope="module")

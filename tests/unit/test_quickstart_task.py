@@ -200,8 +200,9 @@ def test_tokenizer_round_trip() -> None:
 def test_tokenizer_files_are_what_the_script_writes(tmp_path: Path) -> None:
     chat_tokenizer.build_tokenizer(256).save_pretrained(tmp_path)
     for folder in (QUICKSTART, QUICKSTART / "teacher", QUICKSTART / "student"):
-        committed = json.loads((folder / "tokenizer.json").read_text())
-        assert committed["model"] == json.loads((tmp_path / "tokenizer.json").read_text())["model"]
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            written = json.loads((tmp_path / name).read_text())
+            assert json.loads((folder / name).read_text()) == written
         assert (folder / "chat_template.jinja").read_text() == (tmp_path / "chat_template.jinja").read_text()
 
 
