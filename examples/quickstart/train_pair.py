@@ -2,10 +2,10 @@
 
     python examples/quickstart/train_pair.py [--out DIR] [--only teacher|student|data]
 
-Both models learn by supervised next-token prediction on solutions whose order of reductions is random. The
-teacher sees enough of them to be right nearly always, and stays unsure where several orders are legal. The
-student is smaller and stops early: it writes well-formed responses and gets many of the operations wrong,
-which is what distillation then repairs.
+Both models learn by supervised next-token prediction on solutions whose order of reductions is random, so both
+are unsure where several orders are legal. The teacher also learns to go on from miswritten steps, because it will
+score the student's. The student learns from a careless source that often adds where it should multiply: it writes
+well-formed solutions and guesses at some products, which is what distillation then repairs.
 """
 
 from __future__ import annotations
@@ -118,8 +118,9 @@ def training_batch(
     for index in range(sequences):
         expression = sample_expression(rng, MIN_OPERANDS + index % (MAX_OPERANDS - MIN_OPERANDS + 1))
         prompt_ids = encode_prompt(tokenizer, prompt_text(expression))
+        slips: list[int] = []
         if recipe.carelessness:
-            response, slips = solve_carelessly(expression, rng, recipe.carelessness), []
+            response = solve_carelessly(expression, rng, recipe.carelessness)
         else:
             response, slips = solve_with_slips(expression, rng, recipe.slip_probability)
         response_ids = [*tokenizer(response).input_ids, tokenizer.eos_token_id]

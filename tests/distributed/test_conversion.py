@@ -35,7 +35,7 @@ Results = dict[tuple[str, str, str], dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Vocabulary 250, which every layout pads to 256. The small embedding of `untied` makes epsilon count."""
+    """Three kinds of Llama with a vocabulary of 250, which every layout pads to 256."""
     directory = tmp_path_factory.mktemp("models")
     changes: dict[str, dict[str, Any]] = {
         "untied": {},
