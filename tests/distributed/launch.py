@@ -25,17 +25,19 @@ def run_ranks(program: str, nproc: int, tmp_path: Path, timeout: int = 420, **ar
         "OMP_WAIT_POLICY": "passive",
         "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
     }
-    finished = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"),
-            *(str(PROGRAMS / f"{program}.py"), str(given), str(report)),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env=environment,
-        cwd=ROOT,
-    )
-    ranks = "\n".join(line for line in finished.stderr.splitlines() if line.startswith("[rank"))
-    assert finished.returncode == 0, finished.stdout[-4000:] + (ranks or finished.stderr)[-8000:]
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"),
+        *(str(PROGRAMS / f"{program}.py"), str(given), str(report)),
+    ]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT
+    ) as launcher:
+        try:
+            stdout, stderr = launcher.communicate(timeout=timeout)
+        except BaseException:
+            # torchrun ends its ranks when it is asked to end, not when it is killed.
+            launcher.terminate()
+            raise
+    ranks = "\n".join(line for line in stderr.splitlines() if line.startswith("[rank"))
+    assert launcher.returncode == 0, stdout[-4000:] + (ranks or stderr)[-8000:]
     return json.loads(report.read_text())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -100,22 +102,28 @@ def run_job(
         f"--nproc-per-node={ranks}",
         *overrides,
     ]
-    with open(config.with_suffix(".log"), "w+") as log:
-        ended = subprocess.run(
-            command,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            timeout=timeout,
-            env=environment,
-            cwd=ROOT,
-            check=False,
-        )
-        ended_at = time.time()
-        log.seek(0)
-        output = log.read()
-    deadline = time.monotonic() + 20
-    while (alive := processes_of(token)) and time.monotonic() < deadline:
-        time.sleep(0.2)
+    try:
+        with open(config.with_suffix(".log"), "w+") as log:
+            ended = subprocess.run(
+                command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                timeout=timeout,
+                env=environment,
+                cwd=ROOT,
+                check=False,
+            )
+            ended_at = time.time()
+            log.seek(0)
+            output = log.read()
+        deadline = time.monotonic() + 20
+        while (alive := processes_of(token)) and time.monotonic() < deadline:
+            time.sleep(0.2)
+    finally:
+        # Whatever happened, a test leaves nothing running: a time limit ends the launcher alone.
+        for process in processes_of(token):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
     return Finished(ended.returncode, output, ended_at, alive)
 
 
@@ -125,7 +133,7 @@ def processes_of(token: str) -> list[int]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
             try:
-                marked = f"SEAD_TEST_JOB={token}".encode() in (entry / "environ").read_bytes()
+                marked = f"SEAD_TEST_JOB={token}".encode() in (entry / "environ").read_bytes().split(b"\0")
             except OSError:
                 continue
             if marked:

@@ -17,20 +17,35 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 
+def is_of_this_job(process: int) -> bool:
+    """Whether a process carries this job's mark in its environment (`tests.integration.jobs.run_job`)."""
+    mark = f"SEAD_TEST_JOB={os.environ['SEAD_TEST_JOB']}".encode()
+    try:
+        return mark in Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return False
+
+
+def parent_of(process: int) -> int:
+    """Parent id, 0 for a process that is gone."""
+    try:
+        return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
+
+
 def kill_job() -> None:
-    """The launcher first, so that nobody is told anything; this process last."""
-    launcher = os.getppid()
-    ranks = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            try:
-                parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
-            except OSError:
-                continue
-            if int(parent) == launcher:
-                ranks.append(int(entry.name))
-    for process in (launcher, *(r for r in ranks if r != os.getpid()), os.getpid()):
-        os.kill(process, signal.SIGKILL)
+    """The launcher first, so that nobody is told anything; this process last.
+
+    Only this job's processes: a rank whose launcher is gone already is a child of init, and so are many others.
+    """
+    launcher, me = os.getppid(), os.getpid()
+    if is_of_this_job(launcher):
+        processes = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()]
+        ranks = [p for p in processes if p != me and parent_of(p) == launcher and is_of_this_job(p)]
+        for process in (launcher, *ranks):
+            os.kill(process, signal.SIGKILL)
+    os.kill(me, signal.SIGKILL)
 
 
 def with_fault(function: Any, fault: dict[str, Any]) -> Any:
