@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,7 @@ import pytest
 
 from sead_megatron.metrics import deterministic_keys
 from sead_megatron.records import read_records
-from tests.integration.jobs import Finished, run_job
+from tests.integration.jobs import HOOKS, Finished, run_job
 
 CHECKPOINT = "sead_megatron.training.checkpoint"
 # Where to kill: module, attribute, and which call of it (counted from the start of that process). A checkpoint is due
@@ -110,6 +114,16 @@ def test_killed_once_in_every_phase(baseline: tuple[Path, Path], tmp_path: Path)
         assert _steps(run / "metrics.jsonl") == steps, fault
         assert _checkpoints(run) == checkpoints, fault
     _finish(config, run, wanted)
+
+
+def test_a_kill_stays_within_its_job() -> None:
+    """A rank that outlived its launcher has a parent that is not of the job: it ends itself and nobody else.
+
+    Here that parent is the test process, which would not see the end of this line.
+    """
+    environment = os.environ | {"SEAD_TEST_JOB": "another", "PYTHONPATH": str(HOOKS)}
+    command = [sys.executable, "-c", "import sitecustomize; sitecustomize.kill_job()"]
+    assert subprocess.run(command, env=environment, check=False).returncode == -signal.SIGKILL
 
 
 def test_resuming_needs_the_whole_state(baseline: tuple[Path, Path], tmp_path: Path) -> None:
