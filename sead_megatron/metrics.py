@@ -39,6 +39,11 @@ _TABLE = [
     Metric("entropy/student", "nats", "student entropy at the loss' temperature, mean over response tokens"),
     Metric("entropy/teacher", "nats", "teacher entropy at the loss' temperature, mean over response tokens"),
     Metric(
+        "entropy/teacher_slack",
+        "nats",
+        "by how much the exact teacher entropy can exceed a top-k one, mean over response tokens",
+    ),
+    Metric(
         "entropy/engine_trainer_diff_mean",
         "nats",
         "|engine - trainer| student entropy, mean where both exist",

@@ -13,6 +13,7 @@ from importlib import metadata
 
 import torch
 from packaging.specifiers import SpecifierSet
+from sead_kernels.split_kl import backend_name
 from transformers.utils import logging as transformers_logging
 
 from sead_megatron.config import TrainConfig
@@ -56,8 +57,8 @@ WANDB = Requirement(("wandb",), "wandb", ">=0.22", "pip install 'wandb>=0.22', o
 def preflight(config: TrainConfig, local_world_size: int = 1) -> None:
     """Check machine, run directory, weights and prompts of a run that `check_config` accepted.
 
-    `local_world_size`: processes that will start on this machine. Writes nothing. Raises UserError for the first
-    thing that is wrong.
+    `local_world_size`: processes that will start on this machine. Builds the loss kernels where they are not cached
+    yet and writes nothing else. Raises UserError for the first thing that is wrong.
     """
     _check_machine(config, local_world_size)
     _check_run(config)
@@ -83,6 +84,13 @@ def _check_machine(config: TrainConfig, local_world_size: int) -> None:
         requirements.append(WANDB)
     for requirement in requirements:
         check_installed(requirement)
+    # Before the ranks start: one process builds what all of them load.
+    try:
+        backend_name(config.kernel.backend, torch.device(config.device))
+    except ValueError as error:
+        raise UserError(
+            "kernel.backend", config.kernel.backend, str(error), "install it, or use auto"
+        ) from error
 
 
 def check_installed(requirement: Requirement) -> None:

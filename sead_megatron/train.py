@@ -109,9 +109,12 @@ class Trainer:
         if not objective.needs_teacher_entropy or from_stats:
             return table
         student = job.models.student
+        names: tuple[str, ...] = ("teacher_entropy",)
+        if objective.teacher_topk:
+            names = (*names, "teacher_entropy_slack")
         measured = {}
         if scores is not None and job.models.teacher_output is not None:
-            measured["teacher_entropy"] = teacher_entropy(
+            measured = teacher_entropy(
                 scores,
                 job.models.teacher_output,
                 student.model.groups,
@@ -122,7 +125,7 @@ class Trainer:
             )
         token_index = None if scores is None else scores.token_index
         columns = share_columns(
-            ("teacher_entropy",), measured, token_index, plan.num_tokens, student.model.groups, job.device
+            names, measured, token_index, plan.num_tokens, student.model.groups, job.device
         )
         return table.with_columns(**columns)
 

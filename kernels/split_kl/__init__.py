@@ -2,29 +2,51 @@
 
 Two passes over tiles of logits: ``linear_stats`` (entropies, both KL divergences and sampled
 log-probabilities of each token, exact) and ``linear_split_kl_grads``; ``split_kl_loss`` joins them into one
-autograd node.
+autograd node. ``linear_entropy`` is pass 1 of one model, with a streamed top-k; ``topk_tail_loss`` needs
+nothing but that top-k of the teacher.
 """
 
-from .api import BACKENDS, COEFFICIENTS, Backend, linear_entropy, linear_split_kl_grads, linear_stats
+from .api import linear_entropy, linear_split_kl_grads, linear_stats, linear_support_grads
+from .backends import BACKENDS, Backend, backend_name, resolve_backend
+from .checks import COEFFICIENTS
+from .entropy_state import EntropyState, EntropyStats, finalize_entropy
+from .logit_cache import LogitCache
 from .loss import SplitKLOutput, split_kl_loss
-from .state import EntropyState, EntropyStats, TokenStats, finalize, finalize_entropy, merge_tp
+from .state import TokenStats, finalize
+from .support import SupportGradient
+from .tail_loss import TopKTailOutput, topk_tail_loss
+from .tensor_parallel import merge_tp
 from .tiling import TileOptions, VocabShard
+from .topk import MAX_TOPK
+from .topk_tail import TailStats, TopKTarget, topk_tail_gradient, topk_tail_stats
 
 __all__ = [
     "BACKENDS",
     "COEFFICIENTS",
+    "MAX_TOPK",
     "Backend",
     "EntropyState",
     "EntropyStats",
+    "LogitCache",
     "SplitKLOutput",
+    "SupportGradient",
+    "TailStats",
     "TileOptions",
     "TokenStats",
+    "TopKTailOutput",
+    "TopKTarget",
     "VocabShard",
+    "backend_name",
     "finalize",
     "finalize_entropy",
     "linear_entropy",
     "linear_split_kl_grads",
     "linear_stats",
+    "linear_support_grads",
     "merge_tp",
+    "resolve_backend",
     "split_kl_loss",
+    "topk_tail_gradient",
+    "topk_tail_loss",
+    "topk_tail_stats",
 ]

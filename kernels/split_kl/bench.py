@@ -1,140 +1,51 @@
-"""Naive autograd loss against the ``torch`` backend on one CPU thread: CPU seconds and peak extra memory.
+"""The CPU benchmark: our backends, naive autograd, Liger and TRL on one thread, CPU seconds and peak memory.
 
-    python -m sead_kernels.split_kl.bench [--output FILE.json]
+    python -m sead_kernels.split_kl.bench [--output FILE.json] [--quick]
 
-Every variant runs in a fresh process, so that its peak memory is its own. Time is CPU time, best of three:
-wall time on a shared machine measures the neighbours. Inputs, coefficients and results are the same for all
-variants:
-
-    naive            logits of both models for all rows, log_softmax, torch autograd
-    naive_active     the same after dropping inactive rows
-    split_kl_loss    ``split_kl_loss``: pass 1 and pass 2 on the active rows
-    scored_grads     statistics of all rows (what zone selection needs), then gradients of the active ones
+Every variant of ``bench_variants.py`` runs in a fresh process, so that its peak memory is its own. Time is CPU
+time, best of three after a first run (which compiles what a peer compiles): wall time on a shared machine
+measures the neighbours. The limit is the GEMMs of a variant at the sgemm rate of the same process. All variants
+compute the same loss, the reverse KL of the active rows, and must agree on it and on the gradients.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.metadata
 import json
 import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
-from . import (
-    TileOptions,
-    TokenStats,
-    VocabShard,
-    finalize,
-    linear_split_kl_grads,
-    linear_stats,
-    split_kl_loss,
-)
+from . import TileOptions
+from .bench_variants import VARIANTS, Inputs, Shape
 
-TOKENS, WIDTH, VOCABULARY, REPEATS = 1024, 512, 49152, 3
-PEAK_TARGET, TIME_TARGET = 0.12, 0.7
-# GEMMs of 2 * rows * WIDTH * VOCABULARY operations, (over all rows, over the active ones): logits of both
-# models, dh and dW; tiles compute the logits a second time in pass 2.
-GEMMS = {"naive": (4, 0), "naive_active": (0, 4), "split_kl_loss": (0, 6), "scored_grads": (2, 4)}
+TOKENS, WIDTH, REPEATS = 1024, 512, 3
+VOCABULARIES = (49152, 128256)
+SHARES = (0.25, 0.5, 1.0)
+AGREEMENT = 1e-4  # relative: loss and both gradient norms, against the first variant
+CACHE_MIB = 4096  # of "logits kept": everything
 
 
-@dataclass(frozen=True)
-class Inputs:
-    student_hidden: Tensor
-    student_weight: Tensor
-    teacher_hidden: Tensor
-    teacher_weight: Tensor
-    labels: Tensor
-    coefficients: Tensor
-
-    def active(self) -> Tensor:
-        return self.coefficients.any(1).nonzero()[:, 0]
-
-
-def make_inputs() -> Inputs:
-    """Random models; half of the rows active, alternately reverse KL with an entropy bonus and forward KL."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.empty(*shape).normal_(generator=generator)
-
-    coefficients = torch.zeros(TOKENS, 4)
-    coefficients[0::4, 1], coefficients[0::4, 2] = 1.0, -0.1
-    coefficients[1::4, 0] = 1.0
-    return Inputs(
-        student_hidden=normal(TOKENS, WIDTH).requires_grad_(),
-        student_weight=normal(VOCABULARY, WIDTH).mul_(0.1).requires_grad_(),
-        teacher_hidden=normal(TOKENS, WIDTH),
-        teacher_weight=normal(VOCABULARY, WIDTH).mul_(0.1),
-        labels=torch.randint(0, VOCABULARY, (TOKENS,), generator=generator),
-        coefficients=coefficients,
-    )
-
-
-def naive(x: Inputs, rows: Tensor | slice) -> float:
-    log_p = (x.student_hidden[rows] @ x.student_weight.t()).log_softmax(-1)
-    log_q = (x.teacher_hidden[rows] @ x.teacher_weight.t()).log_softmax(-1)
-    p, q = log_p.exp(), log_q.exp()
-    terms = [
-        (q * (log_q - log_p)).sum(-1),
-        (p * (log_p - log_q)).sum(-1),
-        -(p * log_p).sum(-1),
-        log_p.gather(1, x.labels[rows, None])[:, 0],
-    ]
-    loss = (x.coefficients[rows] * torch.stack(terms, dim=1)).sum()
-    loss.backward()
-    return loss.item()
-
-
-def fused(x: Inputs, options: TileOptions) -> float:
-    loss = split_kl_loss(
-        x.student_hidden,
-        x.student_weight,
-        x.teacher_hidden,
-        x.teacher_weight,
-        x.labels,
-        x.coefficients,
-        shard=VocabShard(0, VOCABULARY),
-        tp_group=None,
-        options=options,
-    ).loss
-    loss.backward()
-    return loss.item()
-
-
-def scored(x: Inputs, options: TileOptions) -> float:
-    shard = VocabShard(0, VOCABULARY)
-    hidden, weight = x.student_hidden.detach(), x.student_weight.detach()
-    state = linear_stats(
-        hidden, weight, x.teacher_hidden, x.teacher_weight, x.labels, shard=shard, options=options
-    )
-    active = x.active()
-    stats, coefficients = TokenStats(*(value[active] for value in finalize(state))), x.coefficients[active]
-    dh, x.student_weight.grad = linear_split_kl_grads(
-        hidden[active],
-        weight,
-        x.teacher_hidden[active],
-        x.teacher_weight,
-        x.labels[active],
-        stats,
-        coefficients,
-        shard=shard,
-        options=options,
-    )
-    x.student_hidden.grad = torch.zeros_like(hidden).index_copy_(0, active, dh)
-    terms = [stats.forward_kl, stats.reverse_kl, stats.student_entropy, stats.student_logprob]
-    return (coefficients * torch.stack(terms, dim=1)).sum().item()
+def growth_shapes() -> dict[str, list[tuple[int, Shape]]]:
+    """One size varied at a time around (512 tokens, width 512, vocabulary 32768), all rows active."""
+    return {
+        "tokens": [(n, Shape(n, 512, 32768, n)) for n in (256, 512, 1024, 2048)],
+        "vocabulary": [(n, Shape(512, 512, n, 512)) for n in (16384, 32768, 65536, 131072)],
+        "width": [(n, Shape(512, n, 32768, 512)) for n in (256, 512, 1024, 2048)],
+        "tensor-parallel size": [(n, Shape(512, 512, 131072 // n, 512)) for n in (1, 2, 4, 8)],
+    }
 
 
 def memory_mib(field: str) -> float:
@@ -143,46 +54,107 @@ def memory_mib(field: str) -> float:
     return int(next(line for line in status.splitlines() if line.startswith(field)).split()[1]) / 1024
 
 
-def measure(variant: str, options: TileOptions) -> dict[str, float]:
+def sgemm_gflops(rows: int, columns: int, inner: int) -> float:
+    """Best rate of a tile's GEMM, by CPU time of one thread."""
+    left, right, out = torch.randn(rows, inner), torch.randn(columns, inner), torch.empty(rows, columns)
+    best = float("inf")
+    for _ in range(8):
+        start = time.process_time()
+        torch.mm(left, right.t(), out=out)
+        best = min(best, time.process_time() - start)
+    return 2 * rows * columns * inner / best / 1e9
+
+
+def measure(name: str, shape: Shape) -> dict[str, float]:
     """Run one variant in this process."""
     torch.set_num_threads(1)
-    x = make_inputs()
-    runs: dict[str, Callable[[], float]] = {
-        "naive": lambda: naive(x, slice(None)),
-        "naive_active": lambda: naive(x, x.active()),
-        "split_kl_loss": lambda: fused(x, options),
-        "scored_grads": lambda: scored(x, options),
-    }
+    warnings.filterwarnings("ignore")
+    variant, x = VARIANTS[name], Inputs.make(shape)
+    options = TileOptions(backend=variant.backend, cache_mib=CACHE_MIB if variant.cache else 0)
     torch.mm(torch.ones(64, 64), torch.ones(64, 64))  # the BLAS allocates its own buffers once
-    baseline, seconds, loss = memory_mib("VmRSS"), [], 0.0
+    rate, seconds, loss = 0.0, [], 0.0
+    variant.run(x, options)
+    x.hidden.grad = x.weight.grad = None
     for _ in range(REPEATS):
-        x.student_hidden.grad = x.student_weight.grad = None
+        rate = max(rate, sgemm_gflops(min(shape.tokens, options.tokens), options.vocab, shape.width))
+        x.hidden.grad = x.weight.grad = None
         start = time.process_time()
-        loss = runs[variant]()
+        loss = variant.run(x, options)
         seconds.append(time.process_time() - start)
-    assert x.student_hidden.grad is not None and x.student_weight.grad is not None
-    every, active = GEMMS[variant]
-    flops = 2 * WIDTH * VOCABULARY * (every * TOKENS + active * x.active().numel())
+    assert x.hidden.grad is not None and x.weight.grad is not None
+    flops = shape.gemm_flops(*variant.gemms)
     return {
         "cpu_seconds": min(seconds),
-        "peak_extra_mib": memory_mib("VmHWM") - baseline,
         "gemm_flops": flops,
+        "sgemm_gflops": rate,
+        "of_limit": flops / 1e9 / rate / min(seconds),
         "loss": loss,
-        "hidden_grad_norm": x.student_hidden.grad.norm().item(),
-        "weight_grad_norm": x.student_weight.grad.norm().item(),
+        "hidden_grad_norm": x.hidden.grad.norm().item(),
+        "weight_grad_norm": x.weight.grad.norm().item(),
     }
 
 
-def sgemm_gflops(options: TileOptions) -> float:
-    """Best rate of the tile's GEMM, by CPU time of one thread."""
+def peak_mib(name: str, shape: Shape) -> float:
+    """Peak of one run over what inputs and libraries take; a process of its own, nothing warmed up."""
     torch.set_num_threads(1)
-    hidden, weight = torch.randn(options.tokens, WIDTH), torch.randn(options.vocab, WIDTH)
-    out, best = torch.empty(options.tokens, options.vocab), float("inf")
-    for _ in range(10):
-        start = time.process_time()
-        torch.mm(hidden, weight.t(), out=out)
-        best = min(best, time.process_time() - start)
-    return 2 * out.numel() * WIDTH / best / 1e9
+    warnings.filterwarnings("ignore")
+    variant, x = VARIANTS[name], Inputs.make(shape)
+    options = TileOptions(backend=variant.backend, cache_mib=CACHE_MIB if variant.cache else 0)
+    # Load and compile what is loaded and compiled once, on a problem that leaves no mark.
+    variant.run(Inputs.make(Shape(16, 16, 512, 16)), options)
+    before = memory_mib("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    variant.run(x, options)
+    return memory_mib("VmHWM") - before
+
+
+def in_a_process(task: str, name: str, shape: Shape) -> Any:
+    """What ``measure`` or ``peak_mib`` returns, or {"error": its last line}."""
+    command = [
+        sys.executable,
+        "-m",
+        __spec__.name,
+        f"--{task}={name}",
+        f"--shape={json.dumps(asdict(shape))}",
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode:
+        return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare(shape: Shape, console: Console) -> dict[str, Any]:
+    """All variants at one shape."""
+    rows: dict[str, Any] = {}
+    for name in VARIANTS:
+        row = in_a_process("measure", name, shape)
+        if "error" not in row:
+            row["peak_extra_mib"] = in_a_process("peak", name, shape)
+            first = next(iter(rows.values()), row)
+            for key in ("loss", "hidden_grad_norm", "weight_grad_norm"):
+                if abs(row[key] / first[key] - 1) > AGREEMENT:
+                    row["error"] = f"disagrees: {key} {row[key]}, wanted {first[key]}"
+        rows[name] = row
+        console.print(f"V={shape.vocabulary} active={shape.active} {name}: {row.get('error', 'done')}")
+    return rows
+
+
+def fitted_exponent(points: list[tuple[int, float]]) -> float:
+    """Slope of log seconds over log size."""
+    sizes, seconds = (torch.tensor(column).double().log() for column in zip(*points, strict=True))
+    sizes -= sizes.mean()
+    return float((sizes * seconds).sum() / (sizes * sizes).sum())
+
+
+def growth(console: Console) -> dict[str, Any]:
+    """CPU seconds of ``split_kl cpu`` as one size grows, per rank where that is the tensor-parallel size."""
+    result = {}
+    for what, shapes in growth_shapes().items():
+        points = [(n, in_a_process("measure", "split_kl cpu", shape)["cpu_seconds"]) for n, shape in shapes]
+        result[what] = {"points": points, "exponent": fitted_exponent(points)}
+        console.print(f"growth with {what}: exponent {result[what]['exponent']:.2f}")
+    return result
 
 
 def machine() -> dict[str, str | int | None]:
@@ -202,26 +174,35 @@ def git_commit() -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
+def versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for name in ("torch", "liger-kernel", "trl"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
 def report(result: dict[str, Any], console: Console) -> None:
-    naive_row = result["variants"]["naive"]
-    table = Table(title=f"T={TOKENS} H={WIDTH} V={VOCABULARY}, half active, float32, 1 thread")
-    for column in ("variant", "CPU s", "of naive", "limit s", "GFLOP/s", "peak MiB", "of naive"):
-        table.add_column(column, justify="left" if column == "variant" else "right")
-    for name, row in result["variants"].items():
-        table.add_row(
-            name,
-            f"{row['cpu_seconds']:.2f}",
-            f"{row['cpu_seconds'] / naive_row['cpu_seconds']:.2f}",
-            f"{row['gemm_flops'] / result['sgemm_gflops'] / 1e9:.2f}",
-            f"{row['gemm_flops'] / row['cpu_seconds'] / 1e9:.0f}",
-            f"{row['peak_extra_mib']:.0f}",
-            f"{row['peak_extra_mib'] / naive_row['peak_extra_mib']:.3f}",
-        )
-    console.print(table)
-    console.print(
-        f"sgemm {result['sgemm_gflops']:.0f} GFLOP/s is the limit; weight gradient alone "
-        f"{VOCABULARY * WIDTH * 4 / 2**20:.0f} MiB; targets: time {TIME_TARGET}, peak {PEAK_TARGET} of naive"
-    )
+    for shape, rows in result["shapes"].items():
+        table = Table(title=f"{shape}, float32, 1 thread")
+        for column in ("variant", "CPU s", "of naive", "of the GEMM limit", "peak MiB", "of naive"):
+            table.add_column(column, justify="left" if column == "variant" else "right")
+        base = rows["naive"]
+        for name, row in rows.items():
+            if "error" in row:
+                table.add_row(name, row["error"])
+                continue
+            table.add_row(
+                name,
+                f"{row['cpu_seconds']:.2f}",
+                f"{row['cpu_seconds'] / base['cpu_seconds']:.2f}",
+                f"{row['of_limit']:.2f}",
+                f"{row['peak_extra_mib']:.0f}",
+                f"{row['peak_extra_mib'] / base['peak_extra_mib']:.3f}",
+            )
+        console.print(table)
 
 
 def main() -> None:
@@ -229,32 +210,34 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "cpu.json")
-    parser.add_argument("--tile-tokens", type=int, default=TileOptions().tokens)
-    parser.add_argument("--tile-vocab", type=int, default=TileOptions().vocab)
-    parser.add_argument("--variant", choices=GEMMS, help="measure one variant in this process and print JSON")
+    parser.add_argument("--quick", action="store_true", help="one shape, no growth, nothing written")
+    for task in ("measure", "peak"):
+        parser.add_argument(f"--{task}", choices=VARIANTS, help="one variant in this process, prints JSON")
+    parser.add_argument("--shape", type=json.loads, help="of --measure and --peak")
     arguments = parser.parse_args()
-    options = TileOptions(backend="torch", tokens=arguments.tile_tokens, vocab=arguments.tile_vocab)
-    if arguments.variant:
-        print(json.dumps(measure(arguments.variant, options)))
+    if arguments.measure or arguments.peak:
+        shape = Shape(**arguments.shape)
+        done = measure(arguments.measure, shape) if arguments.measure else peak_mib(arguments.peak, shape)
+        print(json.dumps(done))
         return
-    tiles = [f"--tile-tokens={options.tokens}", f"--tile-vocab={options.vocab}"]
+    console = Console()
     result: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "git_commit": git_commit(),
         "machine": machine(),
-        "torch": torch.__version__,
+        "versions": versions(),
         "threads": 1,
-        "shape": {"tokens": TOKENS, "width": WIDTH, "vocabulary": VOCABULARY, "active": TOKENS // 2},
-        "options": asdict(options),
-        "sgemm_gflops": sgemm_gflops(options),
-        "variants": {},
+        "shapes": {},
     }
-    for variant in GEMMS:
-        command = [sys.executable, "-m", __spec__.name, f"--variant={variant}", *tiles]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        result["variants"][variant] = json.loads(done.stdout)
-    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
-    report(result, Console())
+    cases = [(VOCABULARIES[0], 0.5)] if arguments.quick else [(v, s) for v in VOCABULARIES for s in SHARES]
+    for vocabulary, share in cases:
+        shape = Shape(TOKENS, WIDTH, vocabulary, int(TOKENS * share))
+        title = f"T={TOKENS} H={WIDTH} V={vocabulary}, {share:.0%} active"
+        result["shapes"][title] = compare(shape, console)
+    if not arguments.quick:
+        result["growth"] = growth(console)
+        arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    report(result, console)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .api import check_coefficients, linear_split_kl_grads, linear_stats
-from .state import TokenStats, finalize, merge_tp
+from .api import linear_split_kl_grads, linear_stats
+from .checks import check_coefficients, check_rows
+from .logit_cache import LogitCache
+from .state import TokenStats, finalize
+from .tensor_parallel import merge_tp
 from .tiling import DEFAULT_TILES, TileOptions, VocabShard
+from .weight_protocol import input_gradients, select_rows
 
 
 class SplitKLOutput(NamedTuple):
@@ -23,7 +27,9 @@ class SplitKLOutput(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Settings:
+class LossSettings:
+    """Everything of a loss call that is not a tensor."""
+
     shard: VocabShard
     tp_group: dist.ProcessGroup | None
     temperature: float
@@ -72,25 +78,16 @@ def split_kl_loss(
     tokens = student_hidden.shape[0]
     check_coefficients(coefficients, tokens)
     # The rows of these are selected before the passes check them.
-    for name, tensor in (("teacher_hidden", teacher_hidden), ("labels", labels)):
-        if tensor.shape[:1] != (tokens,):
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}, wanted {tokens} rows like student_hidden"
-            )
-    settings = _Settings(shard, tp_group, temperature, options, weight_tied)
+    check_rows(tokens, teacher_hidden=teacher_hidden, labels=labels)
+    settings = LossSettings(shard, tp_group, temperature, options, weight_tied)
     loss, stats, active = _SplitKL.apply(
         student_hidden, student_weight, teacher_hidden, teacher_weight, labels, coefficients, settings
     )
     return SplitKLOutput(loss, TokenStats(*stats.unbind(0)), active)
 
 
-def _select(tensor: Tensor, active: Tensor) -> Tensor:
-    """Active rows; the tensor itself where they are all of it."""
-    return tensor if active.numel() == tensor.shape[0] else tensor.index_select(0, active)
-
-
 class _SplitKL(torch.autograd.Function):
-    """Keeps references to its inputs, the active indices and eight numbers per active row."""
+    """Keeps references to its inputs, the active indices, eight numbers per active row, and the logit cache."""
 
     @staticmethod
     def forward(
@@ -101,25 +98,27 @@ class _SplitKL(torch.autograd.Function):
         teacher_weight: Tensor,
         labels: Tensor,
         coefficients: Tensor,
-        settings: _Settings,
+        settings: LossSettings,
     ) -> tuple[Tensor, Tensor, Tensor]:
         active = coefficients.any(dim=1).nonzero()[:, 0]
+        cache = LogitCache(settings.options.cache_mib) if settings.options.cache_mib else None
         state = linear_stats(
-            _select(student_hidden, active),
+            select_rows(student_hidden, active),
             student_weight,
-            _select(teacher_hidden, active),
+            select_rows(teacher_hidden, active),
             teacher_weight,
-            _select(labels, active),
+            select_rows(labels, active),
             shard=settings.shard,
             temperature=settings.temperature,
             options=settings.options,
+            cache=cache,
         )
         # Without a row nothing is communicated, on no rank: all of them see the same coefficients.
         stats = finalize(merge_tp(state, settings.tp_group) if active.numel() else state)
         terms = torch.stack(
             [stats.forward_kl, stats.reverse_kl, stats.student_entropy, stats.student_logprob], dim=1
         )
-        loss = (_select(coefficients, active) * terms).sum()
+        loss = (select_rows(coefficients, active) * terms).sum()
         packed = torch.stack(stats)
         ctx.save_for_backward(
             student_hidden,
@@ -134,6 +133,7 @@ class _SplitKL(torch.autograd.Function):
         # The parameter itself: a saved tensor may come back as another object, without main_grad.
         ctx.weight = student_weight
         ctx.settings = settings
+        ctx.cache = cache
         ctx.mark_non_differentiable(packed, active)
         return loss, packed, active
 
@@ -142,43 +142,33 @@ class _SplitKL(torch.autograd.Function):
         hidden, weight, teacher_hidden, teacher_weight, labels, coefficients, active, packed = (
             ctx.saved_tensors
         )
-        settings: _Settings = ctx.settings
-        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        main_grad = getattr(ctx.weight, "main_grad", None) if wants_weight else None
-        hidden_grad = torch.zeros_like(hidden) if wants_hidden else None
-        weight_grad = None
-        if active.numel():
-            rows_grad, weight_grad = linear_split_kl_grads(
-                _select(hidden, active),
+        settings: LossSettings = ctx.settings
+
+        def pass2(weight_grad: Tensor | None, weight_requires_grad: bool) -> tuple[Tensor, Tensor | None]:
+            return linear_split_kl_grads(
+                select_rows(hidden, active),
                 weight,
-                _select(teacher_hidden, active),
+                select_rows(teacher_hidden, active),
                 teacher_weight,
-                _select(labels, active),
+                select_rows(labels, active),
                 TokenStats(*packed.unbind(0)),
-                _select(coefficients, active) * grad_loss,
+                select_rows(coefficients, active) * grad_loss,
                 shard=settings.shard,
                 temperature=settings.temperature,
                 options=settings.options,
-                weight_grad=main_grad,
-                weight_requires_grad=wants_weight,
+                weight_grad=weight_grad,
+                weight_requires_grad=weight_requires_grad,
+                cache=ctx.cache,
             )
-            if hidden_grad is not None:
-                hidden_grad.index_copy_(0, active, rows_grad.to(hidden.dtype))
-        if wants_weight and main_grad is not None:
-            weight_grad = None if settings.weight_tied else _dummy_gradient(ctx.weight)
-        elif wants_weight and weight_grad is None:
-            weight_grad = torch.zeros_like(weight)
-        return hidden_grad, weight_grad, None, None, None, None, None
 
-
-def _dummy_gradient(weight: Tensor) -> Tensor:
-    """What fires the hook of a parameter whose gradient is already in ``main_grad``, and marks it so.
-
-    Follows ``LinearWithGradAccumulationAndAsyncCommunication.backward`` of megatron-core 0.16.1: DDP's hook
-    wants a gradient to exist (overlap_grad_reduce asserts it) and does not read it, unless ``zero_out_wgrad``
-    makes it. Without DDP's flag there is no such hook, and the dummy must be harmless to whoever reads
-    ``weight.grad``.
-    """
-    unread = hasattr(weight, "grad_added_to_main_grad") and not getattr(weight, "zero_out_wgrad", False)
-    setattr(weight, "grad_added_to_main_grad", True)  # noqa: B010
-    return torch.empty_like(weight) if unread else torch.zeros_like(weight)
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        gradients = input_gradients(
+            hidden,
+            ctx.weight,
+            active,
+            pass2,
+            wants_hidden=wants_hidden,
+            wants_weight=wants_weight,
+            weight_tied=settings.weight_tied,
+        )
+        return *gradients, None, None, None, None, None

@@ -18,6 +18,8 @@ from sead_kernels.split_kl import (
     split_kl_loss,
 )
 from sead_kernels.split_kl.testing import make_problem, merged_state
+from sead_kernels.split_kl.tile_loop import TiledBackend
+from sead_kernels.split_kl.torch_tiles import TorchTiles
 
 
 @pytest.mark.parametrize(
@@ -108,13 +110,19 @@ def test_loss_checks_rows_before_it_selects_them(name: str) -> None:
         split_kl_loss(*problem.inputs(), problem.coefficients, shard=problem.shard(), tp_group=None)
 
 
+class Absent(TorchTiles):
+    def unavailable(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        return f"no {device} build; pip install absent"
+
+
 def test_backend_names(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = make_problem()
     with pytest.raises(ValueError, match=r"options.backend is 'cutile', wanted one of \['auto', .*'torch'"):
         linear_stats(*problem.inputs(), shard=problem.shard(), options=TileOptions(backend="cutile"))
-    absent = replace(BACKENDS["torch"], unavailable=lambda device: f"no {device} build; pip install absent")
+    absent = TiledBackend(Absent())
     monkeypatch.setitem(BACKENDS, "absent", absent)
     with pytest.raises(
-        ValueError, match=r"'absent' is unavailable on cpu: no cpu build; pip install absent; .*'torch'"
+        ValueError,
+        match=r"'absent' is unavailable for torch.float32 on cpu: no cpu build; pip install absent; .*'torch'",
     ):
         linear_stats(*problem.inputs(), shard=problem.shard(), options=TileOptions(backend="absent"))

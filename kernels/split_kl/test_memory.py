@@ -7,8 +7,10 @@ positive control.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from sead_kernels.split_kl import TileOptions, linear_entropy, split_kl_loss
 from sead_kernels.split_kl.reference import dense_loss
@@ -17,8 +19,7 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-TOKENS, VOCABULARY, WIDTH = 256, 2048, 16
-TILES = TileOptions(tokens=32, vocab=256)
+TOKENS, VOCABULARY, WIDTH = 128, 1024, 4
 
 
 class LargestOutput(TorchDispatchMode):
@@ -48,7 +49,7 @@ def problem_and_leaves(dtype: torch.dtype) -> tuple[Problem, Parameter, torch.Te
     return problem, Parameter(problem.student_weight), problem.student_hidden.requires_grad_()
 
 
-def step(dtype: torch.dtype) -> int:
+def step(dtype: torch.dtype, tiles: TileOptions) -> int:
     problem, weight, hidden = problem_and_leaves(dtype)
     with LargestOutput() as largest:
         linear_entropy(
@@ -57,7 +58,7 @@ def step(dtype: torch.dtype) -> int:
             problem.labels,
             shard=problem.shard(),
             topk=8,
-            options=TILES,
+            options=tiles,
         )
         split_kl_loss(
             hidden,
@@ -68,15 +69,16 @@ def step(dtype: torch.dtype) -> int:
             problem.coefficients,
             shard=problem.shard(),
             tp_group=None,
-            options=TILES,
+            options=tiles,
         ).loss.backward()
     assert weight.grad is not None and bool(weight.grad.any())
     return largest.numel
 
 
-def test_largest_temporary_is_far_below_the_logits() -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        assert step(dtype) < TOKENS * VOCABULARY / 8
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_largest_temporary_is_far_below_the_logits(dtype: torch.dtype, tiles: TileOptions) -> None:
+    """Native kernels allocate nothing: what torch allocates is all there is."""
+    assert step(dtype, replace(tiles, tokens=16, vocab=128)) < TOKENS * VOCABULARY / 8
 
 
 def test_the_trace_sees_the_logits_of_the_dense_loss() -> None:

@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
-from sead_kernels.split_kl import finalize
+from sead_kernels.split_kl import TileOptions, finalize
 from sead_kernels.split_kl.reference import dense_gradients, dense_loss, dense_stats, dense_topk_entropy
 from sead_kernels.split_kl.testing import make_problem, relative_error, tensor_parallel_rank
 from torch import Tensor
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_agree_bitwise_and_with_the_oracle(ranks: int, tmp_path: Path) -> None:
-    multiprocessing.spawn(tensor_parallel_rank, args=(ranks, str(tmp_path)), nprocs=ranks)
+def test_ranks_agree_bitwise_and_with_the_oracle(ranks: int, tiles: TileOptions, tmp_path: Path) -> None:
+    multiprocessing.spawn(tensor_parallel_rank, args=(ranks, str(tmp_path), tiles.backend), nprocs=ranks)
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(ranks)]
     shared: dict[str, Tensor] = results[0]["shared"]
     for result in results[1:]:

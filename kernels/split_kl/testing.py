@@ -10,12 +10,29 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .api import linear_entropy, linear_stats
+from .backends import BACKENDS
+from .cuda import CudaTiles
+from .entropy_state import finalize_entropy
 from .loss import split_kl_loss
-from .state import finalize_entropy, merge, merge_tp
+from .state import merge
+from .tensor_parallel import merge_tp
+from .tile_loop import TiledBackend
 from .tiling import TileOptions, VocabShard
 
-# Divides none of the test shapes: every loop ends with a ragged tile.
-SMALL_TILES = TileOptions(tokens=7, vocab=24)
+EMULATED = "cuda-emulated"
+
+
+def small_tiles(backend: str) -> TileOptions:
+    """Tiles that divide none of the test shapes: every loop ends with a ragged one."""
+    return TileOptions(backend=backend, tokens=7, vocab=24)
+
+
+SMALL_TILES = small_tiles("auto")
+
+
+def register_emulated() -> None:
+    """Make the CUDA source, compiled for the host, the backend ``EMULATED``."""
+    BACKENDS.setdefault(EMULATED, TiledBackend(CudaTiles(emulated=True)))
 
 
 @dataclass(frozen=True)
@@ -102,7 +119,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return float((actual.double() - expected.double()).abs().max() / expected.double().abs().max())
 
 
-def tensor_parallel_rank(rank: int, ranks: int, directory: str) -> None:
+def tensor_parallel_rank(rank: int, ranks: int, directory: str, backend: str) -> None:
     """Process ``rank`` of test_tp.py: save to ``directory`` what its shard gave, and its gradients.
 
     Lives here because a spawned process imports its target by name, and a test module's name depends on the
@@ -111,8 +128,10 @@ def tensor_parallel_rank(rank: int, ranks: int, directory: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=ranks)
     group = dist.group.WORLD
+    register_emulated()
+    tiles = small_tiles(backend)
     problem, shard = make_problem().local(rank, ranks)
-    state = merge_tp(linear_stats(*problem.inputs(), shard=shard, options=SMALL_TILES), group)
+    state = merge_tp(linear_stats(*problem.inputs(), shard=shard, options=tiles), group)
     entropy = {}
     for topk in (0, 40):
         part = linear_entropy(
@@ -121,9 +140,9 @@ def tensor_parallel_rank(rank: int, ranks: int, directory: str) -> None:
             problem.labels,
             shard=shard,
             topk=topk,
-            options=SMALL_TILES,
+            options=tiles,
         )
-        entropy[topk] = finalize_entropy(merge_tp(part, group))
+        entropy[topk] = finalize_entropy(merge_tp(part, group), problem.valid)
     weight, hidden = Parameter(problem.student_weight), problem.student_hidden.requires_grad_()
     output = split_kl_loss(
         hidden,
@@ -134,7 +153,7 @@ def tensor_parallel_rank(rank: int, ranks: int, directory: str) -> None:
         problem.coefficients,
         shard=shard,
         tp_group=group,
-        options=SMALL_TILES,
+        options=tiles,
     )
     output.loss.backward()
     # Nothing active anywhere: no rank may wait for another one.
@@ -147,7 +166,7 @@ def tensor_parallel_rank(rank: int, ranks: int, directory: str) -> None:
         torch.zeros_like(problem.coefficients),
         shard=shard,
         tp_group=group,
-        options=SMALL_TILES,
+        options=tiles,
     )
     empty.loss.backward()
     shared = {"state": state, "loss": output.loss.detach(), "active": output.active}

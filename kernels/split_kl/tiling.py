@@ -37,19 +37,29 @@ class TileOptions:
     """Backend and tile of logits that lives at any moment: ``tokens * vocab`` elements per buffer.
 
     Attributes:
-        backend: a key of ``api.BACKENDS`` or "auto" (the first one available for the tensors' device).
+        backend: a key of ``backends.BACKENDS`` or "auto" (the first one available for the tensors).
         tokens: token rows per tile.
         vocab: vocabulary rows per window.
+        check_finite: look for NaN and infinity in every hidden state and weight before each pass (ValueError).
+            Reads them once more and synchronises: for debugging. Without it a NaN spreads to its token's
+            numbers and, in pass 2, to the gradients.
+        cache_mib: MiB of logits that ``split_kl_loss`` keeps from its forward to its backward pass instead of
+            computing them again (backends ``cpu`` and ``cuda``). 8 bytes per active token and vocabulary row
+            keep them all, which saves two of six GEMMs.
     """
 
     backend: str = "auto"
     tokens: int = 1024
     vocab: int = 4096
+    check_finite: bool = False
+    cache_mib: int = 0
 
     def __post_init__(self) -> None:
         for name in ("tokens", "vocab"):
             if getattr(self, name) < 1:
                 raise ValueError(f"TileOptions.{name} is {getattr(self, name)}, wanted >= 1")
+        if self.cache_mib < 0:
+            raise ValueError(f"TileOptions.cache_mib is {self.cache_mib}, wanted >= 0")
 
 
 DEFAULT_TILES = TileOptions()

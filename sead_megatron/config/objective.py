@@ -70,8 +70,8 @@ class SeadObjective(Section):
     the tail.
 
     Ambiguity: the paper names a top-k (k not given), yet its divergences need the full softmax anyway."""
-    teacher_topk: PositiveInt = 64
-    """The k of `teacher_entropy: topk`. Not published."""
+    teacher_topk: Annotated[int, Field(gt=0, le=128)] = 64
+    """The k of `teacher_entropy: topk`, at most 128 (what the kernels keep). Not published."""
     token_zones: bool = True
     """False: the ablation without zones, in which entropies decide nothing and every token is active."""
     annealing: bool = True

@@ -140,12 +140,20 @@ class CurriculumConfig(Section):
 class KernelConfig(Section):
     """The fused output layer and divergences."""
 
-    backend: Literal["auto", "torch"] = "auto"
-    """`auto`: the fastest that the device supports. `torch`: plain torch, tile by tile."""
+    backend: Literal["auto", "cuda", "triton", "cpu", "torch"] = "auto"
+    """`cuda`: library GEMMs and CUDA C++ tile kernels (needs nvcc on first use). `triton`: fused kernels, Hopper and
+    newer. `cpu`: library GEMMs and C++ tile kernels (needs a C++ compiler on first use). `torch`: plain torch, tile
+    by tile, anywhere. `auto`: the first of these that works on the device."""
     tile_tokens: PositiveInt = 1024
     """Tokens of a tile."""
     tile_vocab: PositiveInt = 4096
     """Vocabulary entries of a tile; full-vocabulary logits never exist."""
+    cache_mib: NonNegativeInt = 0
+    """MiB of logits per microbatch that the loss keeps from its forward to its backward pass (backends `cuda` and
+    `cpu`). 8 bytes per active token and vocabulary entry of a rank's shard keep them all and save two of six GEMMs."""
+    check_finite: bool = False
+    """Stop with an error at the first NaN or infinity in a hidden state or output layer. Reads them once more and
+    synchronises: for debugging."""
 
 
 class BatchConfig(Section):

@@ -106,7 +106,8 @@ class TokenTable:
     Every rank of the world holds the same table, so that whatever is decided from it is the same everywhere.
     ``offsets`` is int64 [S+1] on the CPU (host code slices by it): rollout i owns tokens
     ``offsets[i]:offsets[i+1]``. Every other column is float32 [N], detached, in nats, at the loss' temperature,
-    or None when it was not measured. ``rollout_logprob`` is the engine's, ``student_logprob`` the trainer's, of
+    or None when it was not measured. Where ``teacher_entropy`` is that of a top-k, the exact one is larger by at
+    most ``teacher_entropy_slack``. ``rollout_logprob`` is the engine's, ``student_logprob`` the trainer's, of
     the sampled token; KL directions: ``forward_kl`` = KL(teacher || student), ``reverse_kl`` =
     KL(student || teacher).
 
@@ -116,6 +117,7 @@ class TokenTable:
     offsets: Tensor
     student_entropy: Tensor | None = None
     teacher_entropy: Tensor | None = None
+    teacher_entropy_slack: Tensor | None = None
     forward_kl: Tensor | None = None
     reverse_kl: Tensor | None = None
     student_logprob: Tensor | None = None

@@ -64,6 +64,7 @@ def token_metrics(table: TokenTable, active: int) -> dict[str, float]:
     names = {
         "entropy/student": table.student_entropy,
         "entropy/teacher": table.teacher_entropy,
+        "entropy/teacher_slack": table.teacher_entropy_slack,
         "kl/forward": table.forward_kl,
         "kl/reverse": table.reverse_kl,
     }

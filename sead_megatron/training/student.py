@@ -61,8 +61,13 @@ class Student:
         self._max_tokens = config.batch.max_tokens_per_microbatch
         self._packing = config.batch.packing
         self._temperature = config.objective.temperature
+        kernel = config.kernel
         self.tile_options = TileOptions(
-            backend=config.kernel.backend, tokens=config.kernel.tile_tokens, vocab=config.kernel.tile_vocab
+            backend=kernel.backend,
+            tokens=kernel.tile_tokens,
+            vocab=kernel.tile_vocab,
+            cache_mib=kernel.cache_mib,
+            check_finite=kernel.check_finite,
         )
         self.shard = VocabShard(start=model.vocab_start, valid=model.config.vocab_size)
         self.ddp = wrap_for_training(model, distributed_optimizer=config.optimizer.distributed)

@@ -198,18 +198,22 @@ def teacher_entropy(
     topk: int,
     options: TileOptions,
     chunk: int = 16384,
-) -> Tensor:
-    """The teacher's entropy of every token of `scores`, float32 [n], nats; equal on all TP ranks.
+) -> dict[str, Tensor]:
+    """Of every token of `scores`, float32 [n], nats, equal on all TP ranks: `teacher_entropy`.
 
-    `topk > 0` gives the entropy of the k most likely tokens and a tail bucket, a lower bound of the exact one.
+    `topk > 0` gives the entropy of the k most likely tokens and a tail bucket, a lower bound of the exact one, and
+    `teacher_entropy_slack`, by how much the exact one can exceed it.
     """
-    values = []
+    names = ("teacher_entropy", "teacher_entropy_slack") if topk else ("teacher_entropy",)
+    chunks: dict[str, list[Tensor]] = {name: [torch.empty(0, device=output_shard.device)] for name in names}
     for start in range(0, len(scores.token_index), chunk):
         hidden = scores.hidden[start : start + chunk].to(output_shard.device)
         labels = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
         state = linear_entropy(
             hidden, output_shard, labels, shard=shard, temperature=temperature, topk=topk, options=options
         )
-        stats = finalize_entropy(merge_tp(state, groups.collection.tp))
-        values.append(stats.topk_entropy if topk else stats.entropy)
-    return torch.cat(values).float() if values else torch.empty(0, device=output_shard.device)
+        stats = finalize_entropy(merge_tp(state, groups.collection.tp), shard.valid)
+        values = (stats.topk_entropy, stats.topk_slack) if topk else (stats.entropy,)
+        for name, value in zip(names, values, strict=True):
+            chunks[name].append(value.float())
+    return {name: torch.cat(parts) for name, parts in chunks.items()}

@@ -141,6 +141,7 @@ def test_yaml_scalars_mean_what_they_say(tmp_path: Path, text: str, value: objec
         ("optimizer.lr=.inf", "optimizer.lr = Infinity: must be finite; use for example 1e-06"),
         ("optimizer.beta1=1", "optimizer.beta1 = 1: must be less than 1; use for example 0.9"),
         ("objective.alpha_start=1.5", "objective.alpha_start = 1.5: must be at most 1; use for example 0.8"),
+        ("objective.teacher_topk=129", "objective.teacher_topk = 129: must be at most 128; use for example 64"),
         ("rollout.temperature=0",
          "rollout.temperature = 0: must be greater than 0; training needs sampled rollouts: use for "
          "example 0.7 or 1.0"),

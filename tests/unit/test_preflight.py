@@ -254,6 +254,14 @@ def test_cuda_without_a_gpu(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert mistake(inputs, "device=cuda") == ('device = "cuda": no GPU is visible to torch; use device: cpu')
 
 
+def test_a_loss_kernel_that_the_device_does_not_run(inputs: Path) -> None:
+    message = mistake(inputs, "kernel.backend=cuda")
+    assert message.startswith(
+        "kernel.backend = \"cuda\": options.backend 'cuda' is unavailable for torch.float32 on cpu"
+    )
+    assert "usable here: ['cpu', 'torch']" in message and message.endswith("; install it, or use auto")
+
+
 def test_more_processes_than_gpus(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)

@@ -1,0 +1,140 @@
+"""Argument checks: ValueError with the argument's name, what it is and what was wanted."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .tiling import VocabShard
+from .topk import MAX_TOPK
+
+# Columns of every ``coefficients`` tensor.
+COEFFICIENTS = ("forward_kl", "reverse_kl", "entropy", "logprob")
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_coefficients(coefficients: Tensor, tokens: int) -> None:
+    """ValueError unless ``coefficients`` is a float [tokens, 4]."""
+    if coefficients.shape != (tokens, len(COEFFICIENTS)) or coefficients.dtype not in (
+        torch.float32,
+        torch.float64,
+    ):
+        raise ValueError(
+            f"coefficients is {describe(coefficients)}, wanted float32 of shape "
+            f"({tokens}, {len(COEFFICIENTS)}), columns {COEFFICIENTS}"
+        )
+
+
+def describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"
+
+
+def check_model(model: str, hidden: Tensor, weight: Tensor) -> None:
+    names = [f"{model}_hidden", f"{model}_weight"] if model else ["hidden", "weight"]
+    for name, tensor in zip(names, (hidden, weight), strict=True):
+        if tensor.dim() != 2 or tensor.dtype not in _FLOATS:
+            raise ValueError(f"{name} is {describe(tensor)}, wanted a floating-point matrix")
+        if not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} has strides {tensor.stride()}, wanted a contiguous tensor (call .contiguous())"
+            )
+    if hidden.shape[1] != weight.shape[1]:
+        wanted = f"(*, {hidden.shape[1]}): the columns of {names[0]}"
+        raise ValueError(f"{names[1]} is {describe(weight)}, wanted shape {wanted}")
+    if hidden.dtype != weight.dtype or hidden.device != weight.device:
+        raise ValueError(
+            f"{names[1]} is {weight.dtype} on {weight.device}, wanted {hidden.dtype} on {hidden.device} "
+            f"like {names[0]}"
+        )
+
+
+def check_pair(
+    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor
+) -> None:
+    if teacher_hidden.shape[0] != student_hidden.shape[0]:
+        raise ValueError(
+            f"teacher_hidden is {describe(teacher_hidden)}, wanted {student_hidden.shape[0]} rows like "
+            "student_hidden"
+        )
+    if teacher_weight.shape[0] != student_weight.shape[0]:
+        raise ValueError(
+            f"teacher_weight is {describe(teacher_weight)}, wanted {student_weight.shape[0]} rows like "
+            "student_weight: both shards must cover the same vocabulary ids"
+        )
+    if teacher_hidden.device != student_hidden.device:
+        raise ValueError(
+            f"teacher_hidden is on {teacher_hidden.device}, wanted {student_hidden.device} like "
+            "student_hidden"
+        )
+
+
+def check_labels(labels: Tensor, hidden: Tensor, shard: VocabShard) -> None:
+    tokens = hidden.shape[0]
+    if labels.shape != (tokens,) or labels.dtype != torch.int64 or labels.device != hidden.device:
+        raise ValueError(
+            f"labels is {describe(labels)} on {labels.device}, wanted int64 of shape ({tokens},) "
+            f"on {hidden.device}"
+        )
+    if tokens:
+        low, high = (int(bound) for bound in labels.aminmax())
+        # A label that no rank owns would count as a logit of 0, silently.
+        if low < 0 or high >= shard.valid:
+            raise ValueError(f"labels lie in [{low}, {high}], wanted [0, {shard.valid}) (shard.valid)")
+
+
+def check_temperature(temperature: float) -> None:
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}, wanted > 0")
+
+
+def check_topk(topk: int, shard: VocabShard) -> None:
+    limit = min(MAX_TOPK, shard.valid)
+    if not 0 <= topk <= limit:
+        raise ValueError(
+            f"topk is {topk}, wanted 0 <= topk <= {limit}: the vocabulary has {shard.valid} tokens (shard.valid) "
+            f"and the kernels keep up to {MAX_TOPK}"
+        )
+
+
+def check_support(name: str, ids: Tensor, hidden: Tensor) -> None:
+    """Ids of a few entries per token; any values: an id that no shard holds counts nowhere."""
+    tokens = hidden.shape[0]
+    if ids.dim() != 2 or ids.shape[0] != tokens or ids.dtype != torch.int64 or ids.device != hidden.device:
+        raise ValueError(
+            f"{name} is {describe(ids)} on {ids.device}, wanted int64 of shape ({tokens}, *) on {hidden.device}"
+        )
+
+
+def check_columns(name: str, columns: dict[str, Tensor], tokens: int) -> None:
+    for field, value in columns.items():
+        if value.shape != (tokens,):
+            raise ValueError(f"{name}.{field} is {describe(value)}, wanted shape ({tokens},)")
+
+
+def check_rows(tokens: int, **tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if tensor.shape[:1] != (tokens,):
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}, wanted {tokens} rows like student_hidden"
+            )
+
+
+def check_weight_grad(weight_grad: Tensor | None, weight: Tensor) -> None:
+    if weight_grad is not None and weight_grad.shape != weight.shape:
+        raise ValueError(f"weight_grad is {describe(weight_grad)}, wanted shape {tuple(weight.shape)}")
+
+
+def check_finite(**tensors: Tensor) -> None:
+    """Opt-in (``TileOptions.check_finite``): reads everything once and synchronises."""
+    for name, tensor in tensors.items():
+        # Extrema first: they need no temporary of the tensor's size.
+        if tensor.numel() and not all(math.isfinite(bound) for bound in tensor.aminmax()):
+            bad = ~torch.isfinite(tensor)
+            count, (row, column) = int(bad.sum()), bad.nonzero()[0].tolist()
+            raise ValueError(
+                f"{name} has {count} non-finite values, the first is {float(tensor[row, column])} at row {row}, "
+                f"column {column}; wanted finite values"
+            )

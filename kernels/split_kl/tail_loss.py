@@ -1,0 +1,148 @@
+"""The loss on the teacher's top-k and a tail bucket as one autograd node; needs no teacher logits."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .api import linear_entropy, linear_support_grads
+from .checks import check_coefficients, check_rows
+from .entropy_state import finalize_entropy
+from .loss import LossSettings
+from .support import SupportGradient
+from .tensor_parallel import merge_tp
+from .tiling import DEFAULT_TILES, TileOptions, VocabShard
+from .topk_tail import TailStats, TopKTarget, topk_tail_gradient, topk_tail_stats
+from .weight_protocol import input_gradients, select_rows
+
+
+class TopKTailOutput(NamedTuple):
+    """``loss`` scalar with gradient; ``stats`` of the active rows only; ``active`` their int64 indices."""
+
+    loss: Tensor
+    stats: TailStats
+    active: Tensor
+
+
+def topk_tail_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    target: TopKTarget,
+    labels: Tensor,
+    coefficients: Tensor,
+    *,
+    shard: VocabShard,
+    tp_group: dist.ProcessGroup | None,
+    temperature: float = 1.0,
+    options: TileOptions = DEFAULT_TILES,
+    weight_tied: bool = False,
+) -> TopKTailOutput:
+    """As :func:`loss.split_kl_loss` with the two divergences of ``topk_tail`` in place of the exact ones.
+
+    Args:
+        target: of the same tokens and temperature, [T, K], identical on all tensor-parallel ranks.
+        student_hidden ... weight_tied: as there.
+
+    Raises:
+        ValueError: naming the argument, what it got and what it wanted.
+    """
+    tokens = student_hidden.shape[0]
+    check_coefficients(coefficients, tokens)
+    rows = {
+        "target.ids": target.ids,
+        "target.logprobs": target.logprobs,
+        "target.tail_mass": target.tail_mass,
+    }
+    rows["labels"] = labels
+    check_rows(tokens, **rows)
+    settings = LossSettings(shard, tp_group, temperature, options, weight_tied)
+    loss, stats, active = _TopKTail.apply(
+        student_hidden, student_weight, *target, labels, coefficients, settings
+    )
+    return TopKTailOutput(loss, TailStats(*stats.unbind(0)), active)
+
+
+class _TopKTail(torch.autograd.Function):
+    """Keeps references to its inputs, the active indices and K + 4 numbers per active row."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        target_ids: Tensor,
+        target_logprobs: Tensor,
+        target_tail_mass: Tensor,
+        labels: Tensor,
+        coefficients: Tensor,
+        settings: LossSettings,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        active = coefficients.any(dim=1).nonzero()[:, 0]
+        whole = TopKTarget(target_ids, target_logprobs, target_tail_mass)
+        target = TopKTarget(*(select_rows(column, active) for column in whole))
+        labels, coefficients = select_rows(labels, active), select_rows(coefficients, active)
+        state = linear_entropy(
+            select_rows(student_hidden, active),
+            student_weight,
+            labels,
+            shard=settings.shard,
+            temperature=settings.temperature,
+            gather_ids=target.ids,
+            options=settings.options,
+        )
+        # Without a row nothing is communicated, on no rank: all of them see the same coefficients.
+        merged = merge_tp(state, settings.tp_group) if active.numel() else state
+        student = finalize_entropy(merged, settings.shard.valid)
+        stats = topk_tail_stats(student, target)
+        terms = [stats.forward_kl, stats.reverse_kl, stats.student_entropy, stats.student_logprob]
+        loss = (coefficients * torch.stack(terms, dim=1)).sum()
+        gradient = topk_tail_gradient(student, target, stats, labels, coefficients)
+        packed = torch.stack(stats)
+        ctx.save_for_backward(
+            student_hidden,
+            student_weight,
+            active,
+            gradient.lse,
+            gradient.offset,
+            gradient.slope,
+            gradient.ids,
+            gradient.values,
+        )
+        # The parameter itself: a saved tensor may come back as another object, without main_grad.
+        ctx.weight = student_weight
+        ctx.settings = settings
+        ctx.mark_non_differentiable(packed, active)
+        return loss, packed, active
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, active, *fields = ctx.saved_tensors
+        settings: LossSettings = ctx.settings
+        gradient = SupportGradient(*fields).times(grad_loss)
+
+        def pass2(weight_grad: Tensor | None, weight_requires_grad: bool) -> tuple[Tensor, Tensor | None]:
+            return linear_support_grads(
+                select_rows(hidden, active),
+                weight,
+                gradient,
+                shard=settings.shard,
+                temperature=settings.temperature,
+                options=settings.options,
+                weight_grad=weight_grad,
+                weight_requires_grad=weight_requires_grad,
+            )
+
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        gradients = input_gradients(
+            hidden,
+            ctx.weight,
+            active,
+            pass2,
+            wants_hidden=wants_hidden,
+            wants_weight=wants_weight,
+            weight_tied=settings.weight_tied,
+        )
+        return *gradients, None, None, None, None, None, None
