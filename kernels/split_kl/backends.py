@@ -34,11 +34,11 @@ class Backend(Protocol):
 
 
 # "auto" takes the first that is available for the device and dtype: native tile kernels around library GEMMs
-# before the fused Triton kernels (estimated slower on Hopper, not measured), plain torch last.
+# (one device each), then the fused Triton kernels (estimated slower on Hopper, not measured), plain torch last.
 BACKENDS: dict[str, Backend] = {
     "cuda": TiledBackend(CudaTiles()),
-    "triton": TritonBackend(),
     "cpu": TiledBackend(CpuTiles()),
+    "triton": TritonBackend(),
     "torch": TiledBackend(TorchTiles()),
 }
 

@@ -68,7 +68,7 @@ def empty_entropy_state(
 
 
 def merge_rows(left: Tensor, right: Tensor) -> Tensor:
-    """As ``state.merge``, for the four rows of one model."""
+    """As ``state.merge``, for the four rows [4, ...] of one model."""
     top = torch.maximum(left[0], right[0])
     parts = []
     for m, s, u, z_y in (left.unbind(0), right.unbind(0)):

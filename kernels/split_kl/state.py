@@ -70,7 +70,7 @@ def rescale(state: Tensor, student_max: Tensor, teacher_max: Tensor) -> Tensor:
 
 
 def merge(left: Tensor, right: Tensor) -> Tensor:
-    """State of the union of two disjoint parts of the vocabulary, [10, T]."""
+    """State of the union of two disjoint parts of the vocabulary; [10, T] or [10, ...] of any shape."""
     student_max, teacher_max = torch.maximum(left[0], right[0]), torch.maximum(left[4], right[4])
     merged = rescale(left, student_max, teacher_max).add_(rescale(right, student_max, teacher_max))
     merged[0] = student_max

@@ -140,7 +140,7 @@ class CurriculumConfig(Section):
 class KernelConfig(Section):
     """The fused output layer and divergences."""
 
-    backend: Literal["auto", "cuda", "triton", "cpu", "torch"] = "auto"
+    backend: Literal["auto", "cuda", "cpu", "triton", "torch"] = "auto"
     """`cuda`: library GEMMs and CUDA C++ tile kernels (needs nvcc on first use). `triton`: fused kernels, Hopper and
     newer. `cpu`: library GEMMs and C++ tile kernels (needs a C++ compiler on first use). `torch`: plain torch, tile
     by tile, anywhere. `auto`: the first of these that works on the device."""

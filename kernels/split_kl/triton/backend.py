@@ -26,7 +26,7 @@ class TritonBackend:
     """The four passes; signatures and results as ``tile_loop.TiledBackend``, float32 only.
 
     Pass 1 has no tile of logits in memory, so ``options.tokens`` and ``options.vocab`` only shape pass 2, whose
-    single scratch is a tile of dz in the student's dtype. For the same reason a ``cache`` of logits is left empty. Sums
+    single scratch is a tile of dz, bf16 for bf16 inputs. For the same reason a ``cache`` of logits is left empty. Sums
     run in a fixed order: two calls give the same bits.
 
     Args:
@@ -273,4 +273,6 @@ class TritonBackend:
 
 def _dz_workspace(hidden: Tensor, valid_rows: int, options: TileOptions) -> Workspace:
     tokens, vocab = min(options.tokens, hidden.shape[0]), min(options.vocab, valid_rows)
-    return Workspace(tokens, vocab, hidden.device, [hidden.dtype])
+    # Not in float16: normalised gradients of 1e-8 would vanish in it.
+    dtype = torch.bfloat16 if hidden.dtype == torch.bfloat16 else torch.float32
+    return Workspace(tokens, vocab, hidden.device, [dtype])

@@ -1,0 +1,70 @@
+"""The benchmark programs run, and what they print follows from what they measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from sead_kernels.split_kl import bench, bench_gpu
+from sead_kernels.split_kl.bench_variants import VARIANTS, Inputs, Shape
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name not in ("Liger JSD", "TRL divergence")])
+def test_variants_compute_the_same_loss_and_gradients(name: str) -> None:
+    """The peers are compared in the benchmark's own environment, by the benchmark."""
+    shape = Shape(tokens=32, width=16, vocabulary=300, active=8)
+    first, x = Inputs.make(shape), Inputs.make(shape)
+    expected = VARIANTS["naive"].run(first, bench.TileOptions())
+    variant = VARIANTS[name]
+    loss = variant.run(x, bench.TileOptions(backend=variant.backend, cache_mib=int(variant.cache)))
+    assert loss == pytest.approx(expected, rel=1e-5)
+    torch.testing.assert_close(x.hidden.grad, first.hidden.grad, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(x.weight.grad, first.weight.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_measurement(capsys: pytest.CaptureFixture[str]) -> None:
+    row = bench.measure("split_kl torch", Shape(32, 16, 300, 8))
+    assert row["gemm_flops"] == 6 * 2 * 8 * 16 * 300
+    assert row["of_limit"] == pytest.approx(
+        row["gemm_flops"] / 1e9 / row["sgemm_gflops"] / row["cpu_seconds"]
+    )
+
+
+def test_exponents_are_slopes() -> None:
+    assert bench.fitted_exponent([(1, 3.0), (2, 6.0), (4, 12.0)]) == pytest.approx(1.0)
+    assert bench.fitted_exponent([(1, 8.0), (2, 4.0), (8, 1.0)]) == pytest.approx(-1.0)
+
+
+def test_committed_results_are_of_these_variants_and_linear() -> None:
+    """What README.md shows: the file is not edited by hand, but it can be of an older version."""
+    result = json.loads(Path(bench.__file__).with_name("results").joinpath("cpu.json").read_text())
+    for rows in result["shapes"].values():
+        assert list(rows) == list(VARIANTS)
+        assert not any("error" in row for row in rows.values())
+    for what, fit in result["growth"].items():
+        expected = -1 if what == "tensor-parallel size" else 1
+        assert fit["exponent"] == pytest.approx(expected, abs=0.15), what
+
+
+def test_the_gpu_benchmark_on_the_cpu(tmp_path: Path) -> None:
+    output = tmp_path / "out.json"
+    sizes = "--tokens 24 --active 12 --student-width 16 --teacher-width 32 --vocabulary 512 --tp 2 --topk 8"
+    tiles = "--token-tiles 16 --vocab-tiles 64 128 --repeats 1 --device cpu"
+    bench_gpu.main([*sizes.split(), *tiles.split(), f"--output={output}"])
+    result = json.loads(output.read_text())
+    backends = {record["backend"] for record in result["records"]}
+    assert {"torch", "cpu"} <= backends and result["problem"]["rows"] == 256
+    assert len(result["records"]) == 3 * 2 * len(backends)
+    for record in result["records"]:
+        flops = bench_gpu.Problem(**result["problem"]).flops()[record["pass"]]
+        assert record["tflops"] == pytest.approx(flops / record["milliseconds"] / 1e9)
+    both = [r for r in result["records"] if r["pass"] != "teacher top-k"]
+
+    def total(setting: tuple[str, int]) -> float:
+        return sum(r["milliseconds"] for r in both if (r["backend"], r["tile_vocab"]) == setting)
+
+    settings = {(r["backend"], r["tile_vocab"]) for r in both}
+    fastest = result["fastest"]
+    assert min(settings, key=total) == (fastest["backend"], fastest["tile_vocab"])
