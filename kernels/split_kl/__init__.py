@@ -7,7 +7,7 @@ nothing but that top-k of the teacher.
 """
 
 from .api import linear_entropy, linear_split_kl_grads, linear_stats, linear_support_grads
-from .backends import BACKENDS, Backend, backend_name, resolve_backend
+from .backends import BACKENDS, Backend, backend_name, describe_backend, resolve_backend
 from .checks import COEFFICIENTS
 from .entropy_state import EntropyState, EntropyStats, finalize_entropy
 from .logit_cache import LogitCache
@@ -37,6 +37,7 @@ __all__ = [
     "TopKTarget",
     "VocabShard",
     "backend_name",
+    "describe_backend",
     "finalize",
     "finalize_entropy",
     "linear_entropy",

@@ -78,7 +78,7 @@ def linear_entropy(
         hidden: [T, H]. weight: [Vl, H]. labels: [T] int64 in [0, shard.valid).
         topk: K, at most 128; 0 for none. The K largest logits and their ids are streamed: [T, K] is all that
             is kept. Ties go to the smaller id, whatever the tiles, shards and backend.
-        gather_ids: int64 [T, G] global ids whose logits are wanted too; ids of other shards give 0.
+        gather_ids: int64 [T, G] global ids whose logits are wanted too; an id that this shard does not hold gives 0.
 
     Returns:
         See :class:`EntropyState`. Give it to ``merge_tp``, then to ``finalize_entropy``.
@@ -145,7 +145,7 @@ def linear_split_kl_grads(
     inputs = (student_hidden, student_weight, teacher_hidden, teacher_weight, labels)
     backend = _checked_backend(*inputs, shard, temperature, options)
     tokens = student_hidden.shape[0]
-    check_coefficients(coefficients, tokens)
+    check_coefficients(coefficients, student_hidden)
     check_columns("stats", stats._asdict(), tokens)
     check_weight_grad(weight_grad, student_weight)
     return backend.gradients(

@@ -43,6 +43,15 @@ BACKENDS: dict[str, Backend] = {
 }
 
 
+def describe_backend(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
+    """What ``name`` comes to, and why "auto" came to plain torch where something faster is meant for the device."""
+    chosen = backend_name(name, device, dtype)
+    if name != "auto" or chosen != "torch":
+        return chosen
+    native = "cuda" if device.type == "cuda" else "cpu"
+    return f"torch ({native} is unavailable: {BACKENDS[native].unavailable(device, dtype)})"
+
+
 def resolve_backend(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Backend:
     """The backend called ``name``; see :func:`backend_name`."""
     return BACKENDS[backend_name(name, device, dtype)]

@@ -167,11 +167,20 @@ def machine() -> dict[str, str | int | None]:
     }
 
 
-def git_commit() -> str | None:
-    """The checkout's commit, None outside of git or before the first one."""
-    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+def _git(*arguments: str) -> str | None:
+    """What git says of this directory, None outside of a checkout."""
+    command = ["git", "-C", str(Path(__file__).resolve().parent), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+def git_commit() -> str | None:
+    return _git("rev-parse", "HEAD")
+
+
+def uncommitted_changes() -> bool:
+    """Whether this package differs from that commit while the benchmark starts."""
+    return bool(_git("status", "--porcelain", "--", "."))
 
 
 def versions() -> dict[str, str | None]:
@@ -185,8 +194,10 @@ def versions() -> dict[str, str | None]:
 
 
 def report(result: dict[str, Any], console: Console) -> None:
-    for shape, rows in result["shapes"].items():
-        table = Table(title=f"{shape}, float32, 1 thread")
+    for case in result["cases"]:
+        shape, rows = Shape(**case["shape"]), case["variants"]
+        size = f"T={shape.tokens} H={shape.width} V={shape.vocabulary}, {shape.active} active"
+        table = Table(title=f"{size}, float32, 1 thread")
         for column in ("variant", "CPU s", "of naive", "of the GEMM limit", "peak MiB", "of naive"):
             table.add_column(column, justify="left" if column == "variant" else "right")
         base = rows["naive"]
@@ -225,15 +236,15 @@ def main() -> None:
         "date": datetime.date.today().isoformat(),
         "git_commit": git_commit(),
         "machine": machine(),
+        "uncommitted_changes": uncommitted_changes(),
         "versions": versions(),
         "threads": 1,
-        "shapes": {},
+        "cases": [],
     }
     cases = [(VOCABULARIES[0], 0.5)] if arguments.quick else [(v, s) for v in VOCABULARIES for s in SHARES]
     for vocabulary, share in cases:
         shape = Shape(TOKENS, WIDTH, vocabulary, int(TOKENS * share))
-        title = f"T={TOKENS} H={WIDTH} V={vocabulary}, {share:.0%} active"
-        result["shapes"][title] = compare(shape, console)
+        result["cases"].append({"shape": asdict(shape), "variants": compare(shape, console)})
     if not arguments.quick:
         result["growth"] = growth(console)
         arguments.output.write_text(json.dumps(result, indent=2) + "\n")

@@ -55,7 +55,10 @@ class Problem:
         }
 
     def bytes(self, backend: str) -> dict[str, float]:
-        """Compulsory traffic (weights and hidden states once, dW and dh) and what scratch tiles add."""
+        """Compulsory traffic (weights and hidden states once, dW and dh) and what scratch tiles add.
+
+        Not counted: dh, read and written again per vocabulary window, and the further sweeps of ``torch``.
+        """
         item, both = getattr(torch, self.dtype).itemsize, self.student_width + self.teacher_width
         weights, hidden = self.rows * both * item, self.tokens * both * item
         logits = self.tokens * self.rows
@@ -66,7 +69,10 @@ class Problem:
             # Two float32 tiles written and read.
             "statistics": weights + hidden + 4 * scratch * logits,
             # The same, and dz written once and read by two GEMMs.
-            "gradients": weights + hidden / 2 + gradients + (4 * scratch + 3 * item) * active,
+            "gradients": weights
+            + hidden * self.active / self.tokens
+            + gradients
+            + (4 * scratch + 3 * item) * active,
             "teacher top-k": (weights + hidden) * self.teacher_width / both + 2 * scratch * logits,
         }
 

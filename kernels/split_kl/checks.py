@@ -16,8 +16,9 @@ COEFFICIENTS = ("forward_kl", "reverse_kl", "entropy", "logprob")
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def check_coefficients(coefficients: Tensor, tokens: int) -> None:
-    """ValueError unless ``coefficients`` is a float [tokens, 4]."""
+def check_coefficients(coefficients: Tensor, hidden: Tensor) -> None:
+    """ValueError unless ``coefficients`` is float32 (float64) [tokens, 4] on the device of ``hidden``."""
+    tokens = hidden.shape[0]
     if coefficients.shape != (tokens, len(COEFFICIENTS)) or coefficients.dtype not in (
         torch.float32,
         torch.float64,
@@ -25,6 +26,10 @@ def check_coefficients(coefficients: Tensor, tokens: int) -> None:
         raise ValueError(
             f"coefficients is {describe(coefficients)}, wanted float32 of shape "
             f"({tokens}, {len(COEFFICIENTS)}), columns {COEFFICIENTS}"
+        )
+    if coefficients.device != hidden.device:
+        raise ValueError(
+            f"coefficients is on {coefficients.device}, wanted {hidden.device} like the hidden states"
         )
 
 
@@ -86,8 +91,9 @@ def check_labels(labels: Tensor, hidden: Tensor, shard: VocabShard) -> None:
 
 
 def check_temperature(temperature: float) -> None:
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}, wanted > 0")
+    # Beyond these a float32 logit over- or underflows.
+    if not 1e-6 <= temperature <= 1e6:
+        raise ValueError(f"temperature is {temperature}, wanted > 0 (1e-6 to 1e6)")
 
 
 def check_topk(topk: int, shard: VocabShard) -> None:
@@ -100,7 +106,7 @@ def check_topk(topk: int, shard: VocabShard) -> None:
 
 
 def check_support(name: str, ids: Tensor, hidden: Tensor) -> None:
-    """Ids of a few entries per token; any values: an id that no shard holds counts nowhere."""
+    """Shape, dtype and device of the ids of a few entries per token."""
     tokens = hidden.shape[0]
     if ids.dim() != 2 or ids.shape[0] != tokens or ids.dtype != torch.int64 or ids.device != hidden.device:
         raise ValueError(
@@ -122,14 +128,41 @@ def check_rows(tokens: int, **tensors: Tensor) -> None:
             )
 
 
+def check_target_ids(ids: Tensor, shard: VocabShard) -> None:
+    """The ids of a top-k: an unknown or repeated one would count as probability mass that is not there."""
+    if ids.numel():
+        low, high = (int(bound) for bound in ids.aminmax())
+        if low < 0 or high >= shard.valid:
+            raise ValueError(f"target.ids lie in [{low}, {high}], wanted [0, {shard.valid}) (shard.valid)")
+        if bool((ids.sort(dim=1).values.diff(dim=1) == 0).any()):
+            raise ValueError("target.ids has a repeated id in a row, wanted distinct ones")
+
+
+def check_whole_vocabulary(weight: Tensor, shard: VocabShard, ranks: int) -> None:
+    """Without other ranks the shard must be the vocabulary: the softmax would be over a part of it."""
+    if ranks == 1 and (shard.start != 0 or weight.shape[0] < shard.valid):
+        raise ValueError(
+            f"student_weight has rows {shard.start} to {shard.start + weight.shape[0]} of {shard.valid} "
+            "(shard.valid), wanted all of them: give the tensor-parallel group that holds the others as tp_group"
+        )
+
+
 def check_weight_grad(weight_grad: Tensor | None, weight: Tensor) -> None:
-    if weight_grad is not None and weight_grad.shape != weight.shape:
+    if weight_grad is None:
+        return
+    if weight_grad.shape != weight.shape:
         raise ValueError(f"weight_grad is {describe(weight_grad)}, wanted shape {tuple(weight.shape)}")
+    if weight_grad.dtype not in _FLOATS or weight_grad.device != weight.device:
+        raise ValueError(
+            f"weight_grad is {weight_grad.dtype} on {weight_grad.device}, wanted a floating-point tensor on "
+            f"{weight.device}"
+        )
 
 
 def check_finite(**tensors: Tensor) -> None:
     """Opt-in (``TileOptions.check_finite``): reads everything once and synchronises."""
-    for name, tensor in tensors.items():
+    for name, value in tensors.items():
+        tensor = value.detach()
         # Extrema first: they need no temporary of the tensor's size.
         if tensor.numel() and not all(math.isfinite(bound) for bound in tensor.aminmax()):
             bad = ~torch.isfinite(tensor)

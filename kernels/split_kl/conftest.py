@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from sead_kernels.split_kl import BACKENDS, TileOptions
-from sead_kernels.split_kl.testing import register_emulated, small_tiles
+from sead_kernels.split_kl.testing import EMULATED, register_emulated, small_tiles
 
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def emulated_cuda() -> None:
+@pytest.fixture(scope="package", autouse=True)
+def emulated_cuda() -> Iterator[None]:
     """The CUDA source, compiled for the host, as one more backend."""
     register_emulated()
+    yield
+    del BACKENDS[EMULATED]
 
 
 @pytest.fixture(params=["torch", "cpu", "cuda-emulated"])

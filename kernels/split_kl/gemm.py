@@ -46,7 +46,8 @@ def accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
     if left.dtype == total.dtype:
         total.addmm_(left, right)
     else:
-        total.add_(torch.mm(left, right, out_dtype=total.dtype))
+        # A float32 sum of bf16 products without a temporary; pytorch/pytorch#167931 (torch 2.10) made it exact.
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
 
 
 class Workspace:
@@ -60,6 +61,11 @@ class Workspace:
         """[rows, columns] views with at least one spare column before the next row, also for ragged tails."""
         stride = _row_stride(columns)
         return [flat[: rows * stride].view(rows, stride)[:, :columns] for flat in self._flat]
+
+
+def tile_extent(tile: Tensor) -> tuple[int, int, int]:
+    """(row stride, rows, columns) as the native kernels take a tile."""
+    return tile.stride(0), tile.shape[0], tile.shape[1]
 
 
 def tile_bytes(rows: int, columns: int, dtype: torch.dtype) -> int:

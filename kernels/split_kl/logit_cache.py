@@ -13,11 +13,14 @@ from .gemm import Workspace, tile_bytes
 
 
 class LogitCache:
-    """Pairs of student and teacher tiles by their place; each is handed out once."""
+    """Pairs of student and teacher tiles by their place; each is handed out once.
+
+    It knows places, not tokens: one object for one pass 1 and one pass 2 over the same inputs.
+    """
 
     def __init__(self, mebibytes: int) -> None:
         self._bytes_left = mebibytes * 2**20
-        self._tiles: dict[tuple[int, int], list[Tensor]] = {}
+        self._tiles: dict[tuple[int, int, int, int], list[Tensor]] = {}
 
     def reserve(
         self, window: slice, rows: slice, dtype: torch.dtype, device: torch.device
@@ -29,9 +32,13 @@ class LogitCache:
             return None
         self._bytes_left -= size
         tiles = Workspace(*shape, device, [dtype, dtype]).views(*shape)
-        self._tiles[window.start, rows.start] = tiles
+        self._tiles[_place(window, rows)] = tiles
         return tiles
 
     def take(self, window: slice, rows: slice) -> list[Tensor] | None:
         """The two tiles of this place, no longer kept; None where they were not."""
-        return self._tiles.pop((window.start, rows.start), None)
+        return self._tiles.pop(_place(window, rows), None)
+
+
+def _place(window: slice, rows: slice) -> tuple[int, int, int, int]:
+    return window.start, window.stop, rows.start, rows.stop

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .api import linear_split_kl_grads, linear_stats
-from .checks import check_coefficients, check_rows
+from .checks import check_coefficients, check_model, check_pair, check_rows, check_whole_vocabulary
 from .logit_cache import LogitCache
 from .state import TokenStats, finalize
 from .tensor_parallel import merge_tp
@@ -76,9 +76,15 @@ def split_kl_loss(
         ValueError: naming the argument, what it got and what it wanted.
     """
     tokens = student_hidden.shape[0]
-    check_coefficients(coefficients, tokens)
-    # The rows of these are selected before the passes check them.
-    check_rows(tokens, teacher_hidden=teacher_hidden, labels=labels)
+    check_coefficients(coefficients, student_hidden)
+    # Before rows are selected, so that what is wrong does not depend on which are active.
+    check_model("student", student_hidden, student_weight)
+    check_model("teacher", teacher_hidden, teacher_weight)
+    check_pair(student_hidden, student_weight, teacher_hidden, teacher_weight)
+    check_whole_vocabulary(student_weight, shard, 1 if tp_group is None else tp_group.size())
+    if not torch.is_grad_enabled():
+        options = replace(options, cache_mib=0)
+    check_rows(tokens, labels=labels)
     settings = LossSettings(shard, tp_group, temperature, options, weight_tied)
     loss, stats, active = _SplitKL.apply(
         student_hidden, student_weight, teacher_hidden, teacher_weight, labels, coefficients, settings

@@ -1,6 +1,6 @@
 """Builds the native tile kernels when they are first needed, and keeps them.
 
-One shared library per (source, compiler, flags, processor), in ``$SEAD_KERNELS_CACHE`` or
+One shared library per (source, flags, processor), in ``$SEAD_KERNELS_CACHE`` or
 ``~/.cache/sead_megatron/kernels``. Ranks that start together wait for one of them; a library appears by a
 rename, so an interrupted build leaves nothing to load. Libraries have a plain C interface (raw pointers,
 strides, a stream) and are loaded with ctypes: they depend on no version of torch.
@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -31,34 +32,42 @@ def cache_directory() -> Path:
     return directory
 
 
-def find_program(variable: str, *names: str) -> str | None:
-    """Absolute path of the program in environment variable ``variable``, else of the first of ``names``."""
+def find_program(variable: str, *names: str) -> list[str] | None:
+    """The command in environment variable ``variable`` (a program, perhaps with arguments), else one of ``names``."""
     wanted = os.environ.get(variable)
-    for name in [wanted] if wanted else names:
-        path = shutil.which(name)
+    for command in [shlex.split(wanted)] if wanted else [[name] for name in names]:
+        path = shutil.which(command[0]) if command else None
         if path:
-            return path
+            return [path, *command[1:]]
     return None
 
 
 def build_library(
-    compiler: str, flags: Sequence[str], sources: Sequence[Path], *, key: str = "", timeout: float = 600
+    compiler: Sequence[str] | None,
+    flags: Sequence[str],
+    sources: Sequence[Path],
+    *,
+    missing: str,
+    key: str = "",
+    timeout: float = 600,
 ) -> Path:
     """The library made by ``compiler flags sources[0] -o``; the other sources are headers it includes.
 
     Args:
+        compiler: None if there is none: a library that is there already is enough.
+        missing: the error where there is neither; what to install.
         key: whatever else the result depends on, such as the processor under ``-march=native``.
 
     Raises:
-        BuildError: the compiler failed or the cache directory is not writable.
+        BuildError: no compiler, a failure of it, or a cache directory that is not writable.
     """
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    parts = [source.read_bytes() for source in sources]
-    parts += [text.encode() for text in (compiler, version, key, *flags)]
+    parts = [source.read_bytes() for source in sources] + [text.encode() for text in (key, *flags)]
     digest = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
     try:
         library = cache_directory() / f"{sources[0].stem}-{digest}.so"
         if not library.exists():
+            if compiler is None:
+                raise BuildError(missing)
             with open(library.with_suffix(".lock"), "w") as lock:
                 # Some network file systems cannot lock: then several ranks build, and the last rename wins.
                 with contextlib.suppress(OSError):
@@ -70,15 +79,17 @@ def build_library(
     return library
 
 
-def _compile(compiler: str, flags: Sequence[str], source: Path, library: Path, timeout: float) -> None:
+def _compile(
+    compiler: Sequence[str], flags: Sequence[str], source: Path, library: Path, timeout: float
+) -> None:
     handle, name = tempfile.mkstemp(dir=library.parent, prefix=library.stem, suffix=".partial")
     os.close(handle)
     try:
-        command = [compiler, *flags, str(source), "-o", name]
+        command = [*compiler, *flags, str(source), "-o", name]
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout)
         except subprocess.TimeoutExpired as error:
-            raise BuildError(f"{compiler} took more than {timeout:.0f} s") from error
+            raise BuildError(f"{command[0]} took more than {timeout:.0f} s") from error
         if done.returncode:
             lines = (done.stderr or done.stdout).strip().splitlines()
             errors = [line for line in lines if "error" in line.lower()] or lines

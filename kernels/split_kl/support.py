@@ -35,4 +35,5 @@ class SupportGradient:
     def scaled(self, inv_temperature: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """([3, T] log-sum-exp, a, b; values [T, G]) with the factor 1/temperature, in ``dtype``."""
         rows = [self.lse, self.offset * inv_temperature, self.slope * inv_temperature]
-        return torch.stack([row.to(dtype) for row in rows]), (self.values * inv_temperature).to(dtype)
+        values = (self.values * inv_temperature).to(dtype).contiguous()
+        return torch.stack([row.to(dtype) for row in rows]), values

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .api import linear_entropy, linear_support_grads
-from .checks import check_coefficients, check_rows
+from .checks import check_coefficients, check_model, check_rows, check_target_ids, check_whole_vocabulary
 from .entropy_state import finalize_entropy
 from .loss import LossSettings
 from .support import SupportGradient
@@ -43,14 +43,17 @@ def topk_tail_loss(
     """As :func:`loss.split_kl_loss` with the two divergences of ``topk_tail`` in place of the exact ones.
 
     Args:
-        target: of the same tokens and temperature, [T, K], identical on all tensor-parallel ranks.
+        target: of the same tokens and temperature, [T, K], identical on all tensor-parallel ranks; the ids of
+            active rows distinct and in the vocabulary.
         student_hidden ... weight_tied: as there.
 
     Raises:
         ValueError: naming the argument, what it got and what it wanted.
     """
     tokens = student_hidden.shape[0]
-    check_coefficients(coefficients, tokens)
+    check_coefficients(coefficients, student_hidden)
+    check_model("student", student_hidden, student_weight)
+    check_whole_vocabulary(student_weight, shard, 1 if tp_group is None else tp_group.size())
     rows = {
         "target.ids": target.ids,
         "target.logprobs": target.logprobs,
@@ -66,7 +69,7 @@ def topk_tail_loss(
 
 
 class _TopKTail(torch.autograd.Function):
-    """Keeps references to its inputs, the active indices and K + 4 numbers per active row."""
+    """Keeps references to its inputs, the active indices and 2 K + 5 numbers per active row."""
 
     @staticmethod
     def forward(
@@ -83,6 +86,7 @@ class _TopKTail(torch.autograd.Function):
         active = coefficients.any(dim=1).nonzero()[:, 0]
         whole = TopKTarget(target_ids, target_logprobs, target_tail_mass)
         target = TopKTarget(*(select_rows(column, active) for column in whole))
+        check_target_ids(target.ids, settings.shard)
         labels, coefficients = select_rows(labels, active), select_rows(coefficients, active)
         state = linear_entropy(
             select_rows(student_hidden, active),

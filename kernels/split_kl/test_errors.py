@@ -68,12 +68,50 @@ def test_wrong_scalars() -> None:
         linear_entropy(
             problem.student_hidden, problem.student_weight, problem.labels, shard=problem.shard(), topk=118
         )
+    with pytest.raises(ValueError, match=r"topk is 129, wanted 0 <= topk <= 128: .* kernels keep up to 128"):
+        hidden, weight, labels = torch.zeros(1, 2), torch.zeros(200, 2), torch.tensor([0])
+        linear_entropy(hidden, weight, labels, shard=VocabShard(0, 200), topk=129)
+    for temperature in (float("inf"), float("nan"), 1e-40):
+        with pytest.raises(ValueError, match=rf"temperature is {temperature}, wanted > 0 \(1e-6 to 1e6\)"):
+            linear_stats(*problem.inputs(), shard=problem.shard(), temperature=temperature)
     with pytest.raises(ValueError, match=r"temperature is 0\.0, wanted > 0"):
         linear_stats(*problem.inputs(), shard=problem.shard(), temperature=0.0)
     with pytest.raises(ValueError, match=r"VocabShard.valid is 0, wanted >= 1"):
         VocabShard(0, 0)
     with pytest.raises(ValueError, match=r"TileOptions.vocab is 0, wanted >= 1"):
         TileOptions(vocab=0)
+
+
+@pytest.mark.parametrize("field", ["student_hidden", "student_weight", "teacher_hidden", "teacher_weight"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_non_finite_inputs_are_found_on_request(field: str, value: float) -> None:
+    problem = make_problem()
+    getattr(problem, field)[3, 5] = value
+    checked = TileOptions(check_finite=True)
+    with pytest.raises(
+        ValueError, match=rf"{field} has 1 non-finite values, .* at row 3, column 5; wanted finite"
+    ):
+        linear_stats(*problem.inputs(), shard=problem.shard(), options=checked)
+    if field.startswith("teacher"):
+        with pytest.raises(ValueError, match=r"has 1 non-finite values"):
+            linear_entropy(
+                problem.teacher_hidden,
+                problem.teacher_weight,
+                problem.labels,
+                shard=problem.shard(),
+                options=checked,
+            )
+    linear_stats(*make_problem().inputs(), shard=problem.shard(), options=checked)
+
+
+def test_unchecked_nan_reaches_its_tokens_numbers_and_no_others(tiles: TileOptions) -> None:
+    """Nothing turns it into a number: a step with it is skipped by the trainer, not taken with wrong weights."""
+    problem = make_problem()
+    problem.student_hidden[4, 2] = float("nan")
+    stats = finalize(linear_stats(*problem.inputs(), shard=problem.shard(), options=tiles))
+    for name in ("student_lse", "student_entropy", "forward_kl", "reverse_kl", "student_logprob"):
+        assert getattr(stats, name).isnan().nonzero()[:, 0].tolist() == [4], name
+    assert not stats.teacher_entropy.isnan().any()
 
 
 def test_wrong_gradient_arguments() -> None:
@@ -94,6 +132,16 @@ def test_wrong_gradient_arguments() -> None:
             weight_grad=torch.zeros(3, 16),
         )
     with pytest.raises(
+        ValueError, match=r"weight_grad is torch.int64 on cpu, wanted a floating-point tensor"
+    ):
+        linear_split_kl_grads(
+            *problem.inputs(),
+            stats,
+            problem.coefficients,
+            shard=problem.shard(),
+            weight_grad=torch.zeros(128, 16, dtype=torch.int64),
+        )
+    with pytest.raises(
         ValueError, match=r"stats.student_lse is float32 of shape \(18,\), wanted shape \(19,\)"
     ):
         short = type(stats)(*(value[:18] for value in stats))
@@ -106,13 +154,37 @@ def test_loss_checks_rows_before_it_selects_them(name: str) -> None:
     problem = make_problem()
     change: dict[str, Any] = {name: torch.cat([getattr(problem, name)] * 2)}
     problem = replace(problem, **change)
-    with pytest.raises(ValueError, match=rf"{name} has shape .*, wanted 19 rows like student_hidden"):
+    with pytest.raises(ValueError, match=rf"{name} .*, wanted 19 rows like student_hidden"):
         split_kl_loss(*problem.inputs(), problem.coefficients, shard=problem.shard(), tp_group=None)
 
 
 class Absent(TorchTiles):
     def unavailable(self, device: torch.device, dtype: torch.dtype) -> str | None:
         return f"no {device} build; pip install absent"
+
+
+def test_a_part_of_the_vocabulary_needs_its_group() -> None:
+    """Alone it would be a softmax over fewer tokens, silently."""
+    local, shard = make_problem().local(1, 2)
+    message = r"student_weight has rows 64 to 128 of 117 \(shard.valid\), wanted all .* as tp_group"
+    with pytest.raises(ValueError, match=message):
+        split_kl_loss(*local.inputs(), local.coefficients, shard=shard, tp_group=None)
+
+
+def test_layout_is_checked_before_rows_are_selected() -> None:
+    """A transposed tensor must not pass as long as one row is inactive, whose removal copies the others."""
+    problem = make_problem()
+    problem = replace(problem, student_hidden=problem.student_hidden.t().contiguous().t())
+    with pytest.raises(ValueError, match=r"student_hidden has strides \(1, 19\), wanted a contiguous tensor"):
+        split_kl_loss(*problem.inputs(), problem.coefficients, shard=problem.shard(), tp_group=None)
+
+
+def test_second_derivatives_are_refused() -> None:
+    problem = make_problem()
+    hidden = problem.student_hidden.requires_grad_()
+    loss = split_kl_loss(*problem.inputs(), problem.coefficients, shard=problem.shard(), tp_group=None).loss
+    with pytest.raises(RuntimeError, match="no second derivative: call backward without create_graph"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
 
 
 def test_backend_names(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,8 @@
 """Pass 2 and the autograd node against the dense oracle, and Megatron's protocol for weight gradients.
 
 Tolerances, relative to the largest entry: float32 GEMMs over 16 to 128 terms carry about 5e-7, and p (ln p -
-ln q) multiplies it by the logarithms' size, about 10; 1e-5 is used. float64: 1e-12. bf16 gradients are
-returned in bf16 (half an ulp: 2^-8 = 4e-3 of the entry), hence 4e-3 for what autograd hands over and 2e-3 for
-the float32 sums.
+ln q) multiplies it by the logarithms' size, about 10; 1e-5 is used, also for float32 sums from bf16 inputs.
+float64: 1e-12. Gradients that autograd hands over for bf16 inputs are bf16, half an ulp 2^-8 = 4e-3 of the entry.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from sead_kernels.split_kl.testing import SMALL_TILES, Problem, make_problem, me
 from torch import Tensor
 from torch.nn import Parameter
 
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-3}
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-5}
 
 
 def run(

@@ -8,33 +8,22 @@ positive control.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
-from sead_kernels.split_kl import TileOptions, linear_entropy, split_kl_loss
+from sead_kernels.split_kl import (
+    TileOptions,
+    TopKTarget,
+    finalize_entropy,
+    linear_entropy,
+    split_kl_loss,
+    topk_tail_loss,
+)
 from sead_kernels.split_kl.reference import dense_loss
-from sead_kernels.split_kl.testing import Problem, make_problem
+from sead_kernels.split_kl.testing import LargestOutput, Problem, make_problem
 from torch.nn import Parameter
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 TOKENS, VOCABULARY, WIDTH = 128, 1024, 4
-
-
-class LargestOutput(TorchDispatchMode):
-    """Records the largest element count of any operator's output."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                self.numel = max(self.numel, leaf.numel())
-        return result
 
 
 def problem_and_leaves(dtype: torch.dtype) -> tuple[Problem, Parameter, torch.Tensor]:
@@ -50,9 +39,10 @@ def problem_and_leaves(dtype: torch.dtype) -> tuple[Problem, Parameter, torch.Te
 
 
 def step(dtype: torch.dtype, tiles: TileOptions) -> int:
+    """A teacher's top-k, the exact loss and the loss on that top-k, forward and backward."""
     problem, weight, hidden = problem_and_leaves(dtype)
     with LargestOutput() as largest:
-        linear_entropy(
+        teacher = linear_entropy(
             problem.teacher_hidden,
             problem.teacher_weight,
             problem.labels,
@@ -65,6 +55,16 @@ def step(dtype: torch.dtype, tiles: TileOptions) -> int:
             weight,
             problem.teacher_hidden,
             problem.teacher_weight,
+            problem.labels,
+            problem.coefficients,
+            shard=problem.shard(),
+            tp_group=None,
+            options=tiles,
+        ).loss.backward()
+        topk_tail_loss(
+            hidden,
+            weight,
+            TopKTarget.of(finalize_entropy(teacher, problem.valid)),
             problem.labels,
             problem.coefficients,
             shard=problem.shard(),

@@ -2,8 +2,7 @@
 
 Tolerances: float32 sums of e^(z-m) over a few hundred terms and logits of magnitude 10 carry about 1e-6; 1e-5
 leaves room for the merge's rescaling. float64 has nine more digits; 1e-12 is used. bf16 inputs are exact in
-float32, so the oracle sees the same rounded inputs and the error is that of float32; 2e-3 is the limit
-promised.
+float32, so the oracle sees the same rounded inputs and the error is that of float32.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from sead_kernels.split_kl.reference import dense_stats, dense_topk_entropy
 from sead_kernels.split_kl.state import empty_state, merge
 from sead_kernels.split_kl.testing import SMALL_TILES, make_problem, merged_state
 
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-3}
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-5}
 
 
 def assert_stats(actual: TokenStats, expected: TokenStats, tolerance: float) -> None:

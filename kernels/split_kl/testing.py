@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from .api import linear_entropy, linear_stats
 from .backends import BACKENDS
@@ -63,6 +66,21 @@ class Problem:
             teacher_weight=self.teacher_weight[mine].clone(),
         )
         return local, VocabShard(start=rank * rows, valid=self.valid)
+
+
+class LargestOutput(TorchDispatchMode):
+    """Records the largest element count of any operator's output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self.numel = max(self.numel, leaf.numel())
+        return result
 
 
 def make_problem(

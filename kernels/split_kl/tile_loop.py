@@ -235,7 +235,7 @@ class TiledBackend:
         workspace = _workspace(options, len(hidden), valid_rows, hidden.device, tiles)
 
         def open_window(window: slice, weight_window: Tensor) -> DzOfRows:
-            columns = gradient.ids - (shard.start + window.start)
+            columns = (gradient.ids - (shard.start + window.start)).contiguous()
 
             def dz_of(rows: slice, hidden_rows: Tensor) -> Tensor:
                 z, *scratch = workspace.views(rows.stop - rows.start, window.stop - window.start)

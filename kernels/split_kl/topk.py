@@ -37,7 +37,8 @@ def decode_keys(keys: Tensor) -> tuple[Tensor, Tensor]:
 def largest(logits: Tensor, count: int, first_id: int) -> tuple[Tensor, Tensor]:
     """The ``count`` first logits of each row and their ids; column j of ``logits`` [R, W] has id first_id + j."""
     values, columns = logits.topk(count, dim=1)
-    # Which of several logits equal to the last one `topk` took is arbitrary: such rows are sorted whole.
+    # Which of several logits equal to the last one `topk` took is arbitrary: such rows are sorted whole. Finding
+    # them synchronises a CUDA stream; the native backends do not come here.
     last = values[:, -1:]
     cut = ((logits == last).sum(1) > (values == last).sum(1)).nonzero()[:, 0]
     if cut.numel():

@@ -54,8 +54,10 @@ class TailStats(NamedTuple):
     """Divergences with a tail bucket, nats, and what their gradients need; fields [T].
 
     In float32 a tail mass is exact to about 1e-7 and is bounded from below by the dtype's epsilon, 1.2e-7: less is
-    rounding, and its logarithm arbitrary. The reverse divergence therefore carries an error of about
-    student_tail * 1e-7 / teacher_tail; that counts only where the student's tail is much the larger one.
+    rounding, and its logarithm arbitrary. The divergences therefore carry errors of about 1e-7 times the ratio of the
+    tails, reverse: student_tail / teacher_tail, forward: teacher_tail / student_tail, and their gradients on the
+    tail are bounded where one is floored. (On ``triton`` 1e-5 instead of 1e-7: gathered logits and those behind
+    the log-sum-exp are summed in different orders there.)
     """
 
     student_lse: Tensor
@@ -97,7 +99,7 @@ def topk_tail_gradient(
     """Of sum_t (c_0 FKL'_t + c_1 RKL'_t + c_2 H_s,t + c_3 ln p_t(y_t)), for ``linear_support_grads``.
 
     Args:
-        labels: int64 [T]. coefficients: [T, 4], columns ``api.COEFFICIENTS``.
+        labels: int64 [T]. coefficients: [T, 4], columns ``checks.COEFFICIENTS``.
     """
     log_p, log_q = _supports(student, target)
     forward, reverse, entropy, logprob = coefficients.to(log_p.dtype).unbind(1)

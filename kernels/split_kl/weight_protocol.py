@@ -30,7 +30,14 @@ def input_gradients(
 
     With a ``main_grad`` (Megatron DDP) the weight's gradient is added to it by ``pass2``, and autograd gets the
     dummy that Megatron's own linear layers return, or None for a tied weight.
+
+    Raises:
+        RuntimeError: under ``create_graph=True``. The gradients would come out as constants, silently.
     """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "the split-KL losses have no second derivative: call backward without create_graph"
+        )
     main_grad = getattr(weight, "main_grad", None) if wants_weight else None
     hidden_grad = torch.zeros_like(hidden) if wants_hidden else None
     weight_grad = None

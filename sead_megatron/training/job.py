@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from sead_kernels.split_kl import backend_name
+from sead_kernels.split_kl import describe_backend
 
 from sead_megatron.config import TrainConfig
 from sead_megatron.data.curriculum import Curriculum, build_curriculum
@@ -110,7 +110,7 @@ def build_job(config: TrainConfig, report: Callable[[str], None]) -> Job:
     if device.type == "cpu":
         # After the engine, which asks torch about the machine's real devices.
         megatron_on_cpu.install()
-    report(f"loss kernel: {backend_name(config.kernel.backend, device)}")
+    report(f"loss kernel: {describe_backend(config.kernel.backend, device)}")
     report("loading student and teacher")
     models = build_models(config, device)
     torch.manual_seed(config.seed + dist.get_rank())

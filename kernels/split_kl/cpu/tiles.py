@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..gemm import tile_extent
 from ..native_build import BuildError, build_library, find_program
 
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math",
@@ -22,6 +23,7 @@ _SIGNATURES = {
     "gradient": (_P, _P, _N, _N, _N, _P, _F, _P, _N, _P, _N, _THREADS),
     "support_gradient": (_P, _N, _N, _N, _F, _P, _N, _P, _P, _N, _P, _N, _THREADS),
 }
+_MISSING = "no C++ compiler found; install g++ or clang++, or let CXX name one"
 _SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
 
 
@@ -37,12 +39,10 @@ def _processor() -> str:
 @functools.cache
 def _load() -> ctypes.CDLL | str:
     """The library, or why there is none."""
-    compiler = find_program("CXX", "c++", "g++", "clang++")
-    if compiler is None:
-        return "no C++ compiler found; install g++ or clang++, or set CXX"
+    compiler, source = find_program("CXX", "c++", "g++", "clang++"), Path(__file__).with_name("tiles.cpp")
     try:
         library = ctypes.CDLL(
-            str(build_library(compiler, _FLAGS, [Path(__file__).with_name("tiles.cpp")], key=_processor()))
+            str(build_library(compiler, _FLAGS, [source], missing=_MISSING, key=_processor()))
         )
     except (BuildError, OSError) as error:
         return f"the C++ tile kernels could not be built: {error}"
@@ -68,15 +68,15 @@ class CpuTiles:
     def stats(
         self, z: Tensor, w: Tensor, scratch: list[Tensor], columns: Tensor, scale: float, state: Tensor
     ) -> None:
-        _call("stats", z, w, *_tile(z), columns, scale, state, state.stride(0))
+        _call("stats", z, w, *tile_extent(z), columns, scale, state, state.stride(0))
 
     def entropy(self, z: Tensor, scratch: list[Tensor], columns: Tensor, scale: float, rows: Tensor) -> None:
-        _call("entropy", z, *_tile(z), columns, scale, rows, rows.stride(0))
+        _call("entropy", z, *tile_extent(z), columns, scale, rows, rows.stride(0))
 
     def topk(
         self, z: Tensor, scratch: list[Tensor], first_id: int, scale: float, logits: Tensor, ids: Tensor
     ) -> None:
-        _call("topk", z, *_tile(z), first_id, scale, logits, ids, logits.shape[1])
+        _call("topk", z, *tile_extent(z), first_id, scale, logits, ids, logits.shape[1])
 
     def gradient(
         self,
@@ -88,7 +88,7 @@ class CpuTiles:
         scalars: Tensor,
         dz: Tensor,
     ) -> None:
-        _call("gradient", z, w, *_tile(z), columns, scale, scalars, scalars.stride(0), dz, dz.stride(0))
+        _call("gradient", z, w, *tile_extent(z), columns, scale, scalars, scalars.stride(0), dz, dz.stride(0))
 
     def support_gradient(
         self,
@@ -101,12 +101,8 @@ class CpuTiles:
         dz: Tensor,
     ) -> None:
         count = columns.shape[1]
-        _call("support_gradient", z, *_tile(z), scale, scalars, scalars.stride(0), columns, values, count, dz,
+        _call("support_gradient", z, *tile_extent(z), scale, scalars, scalars.stride(0), columns, values, count, dz,
               dz.stride(0))  # fmt: skip
-
-
-def _tile(z: Tensor) -> tuple[int, int, int]:
-    return z.stride(0), z.shape[0], z.shape[1]
 
 
 def _call(name: str, *arguments: Tensor | float) -> None:

@@ -11,13 +11,15 @@ import functools
 import os
 from pathlib import Path
 
-from ..native_build import BuildError, build_library, find_program
+from ..native_build import build_library, find_program
 
 SOURCE = Path(__file__).with_name("tiles.cu")
 EMULATION = Path(__file__).with_name("emulation.h")
 ARCHITECTURES = ("sm_90a", "sm_100a")
 EMULATED = "emulated"
 
+NO_NVCC = "nvcc not found; install the CUDA toolkit, or let NVCC or CUDA_HOME name it"
+_NO_COMPILER = "no C++ compiler found; install g++, or let CXX name it"
 _COMMON = ("-std=c++17", "-shared")
 _NVCC_FLAGS = (*_COMMON, "-O3", "-Xcompiler", "-fPIC", "-cudart", "static")
 # An unaligned vector access aborts, as on a GPU.
@@ -35,7 +37,7 @@ _SIGNATURES = {
 }
 
 
-def find_nvcc() -> str | None:
+def find_nvcc() -> list[str] | None:
     """$NVCC, then nvcc on PATH, then that of $CUDA_HOME or /usr/local/cuda."""
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     return find_program("NVCC", "nvcc", f"{home}/bin/nvcc")
@@ -49,13 +51,8 @@ def build(architecture: str, source: Path = SOURCE) -> Path:
     """
     if architecture == EMULATED:
         compiler = find_program("CXX", "g++", "c++")
-        if compiler is None:
-            raise BuildError("no C++ compiler found; install g++, or set CXX")
-        return build_library(compiler, _HOST_FLAGS, [source, EMULATION])
-    nvcc = find_nvcc()
-    if nvcc is None:
-        raise BuildError("nvcc not found; install the CUDA toolkit, or set NVCC or CUDA_HOME")
-    return build_library(nvcc, (*_NVCC_FLAGS, f"-arch={architecture}"), [source])
+        return build_library(compiler, _HOST_FLAGS, [source, EMULATION], missing=_NO_COMPILER)
+    return build_library(find_nvcc(), (*_NVCC_FLAGS, f"-arch={architecture}"), [source], missing=NO_NVCC)
 
 
 @functools.cache

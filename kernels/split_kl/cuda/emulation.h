@@ -1,9 +1,10 @@
 // The subset of CUDA that tiles.cu uses, on the host: one fiber per CUDA thread, blocks one after another.
 //
 // Threads run in a random order and warps at a random pace from one barrier (threads: or shuffle) to the next, so a
-// missing barrier shows as wrong numbers. A barrier or shuffle that not all threads reach aborts. Shared memory is filled with garbage before every
-// block, vector accesses check their alignment. What it cannot show: races that need two threads between the same
-// two barriers to interleave, coalescing, occupancy, the accuracy of __expf, anything about tensor cores.
+// missing barrier shows as wrong numbers. A barrier or shuffle that not all threads reach aborts. Shared memory is
+// filled with garbage before every block, vector accesses check their alignment. What it cannot show: races that need
+// two threads between the same two barriers to interleave, coalescing, occupancy, the accuracy of __expf, anything
+// about tensor cores.
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>

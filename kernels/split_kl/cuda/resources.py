@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..native_build import BuildError
-from .build import ARCHITECTURES, SOURCE, find_nvcc
+from .build import ARCHITECTURES, NO_NVCC, SOURCE, find_nvcc
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ def kernel_resources(architecture: str, source: Path = SOURCE) -> dict[str, Reso
     """
     nvcc = find_nvcc()
     if nvcc is None:
-        raise BuildError("nvcc not found; install the CUDA toolkit, or set NVCC or CUDA_HOME")
+        raise BuildError(NO_NVCC)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        command = [nvcc, "-std=c++17", "-O3", "-Xptxas", "-v", "-cubin", f"-arch={architecture}"]
+        command = [*nvcc, "-std=c++17", "-O3", "-Xptxas", "-v", "-cubin", f"-arch={architecture}"]
         done = subprocess.run(
             [*command, str(source), "-o", cubin.name],
             capture_output=True,

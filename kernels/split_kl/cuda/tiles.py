@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..gemm import tile_extent
 from ..native_build import BuildError
 from .build import EMULATED, SOURCE, load
 
@@ -45,6 +46,8 @@ class CudaTiles:
         wanted = "cpu" if self._emulated else "cuda"
         if device.type != wanted:
             return f"it wants tensors on {wanted}, not on {device.type}; choose another backend"
+        if not self._emulated and not torch.cuda.is_available():
+            return "no GPU is visible to torch; check the driver, or choose another backend"
         if dtype != torch.float32:
             return f"it computes in float32, not in {str(dtype).removeprefix('torch.')}; use backend 'torch'"
         library = _load_or_reason(self._architecture_of(device), self._source)
@@ -53,15 +56,15 @@ class CudaTiles:
     def stats(
         self, z: Tensor, w: Tensor, scratch: list[Tensor], columns: Tensor, scale: float, state: Tensor
     ) -> None:
-        self._call("stats", z, w, *_tile(z), columns, scale, state, state.stride(0))
+        self._call("stats", z, w, *tile_extent(z), columns, scale, state, state.stride(0))
 
     def entropy(self, z: Tensor, scratch: list[Tensor], columns: Tensor, scale: float, rows: Tensor) -> None:
-        self._call("entropy", z, *_tile(z), columns, scale, rows, rows.stride(0))
+        self._call("entropy", z, *tile_extent(z), columns, scale, rows, rows.stride(0))
 
     def topk(
         self, z: Tensor, scratch: list[Tensor], first_id: int, scale: float, logits: Tensor, ids: Tensor
     ) -> None:
-        self._call("topk", z, *_tile(z), first_id, scale, logits, ids, logits.shape[1])
+        self._call("topk", z, *tile_extent(z), first_id, scale, logits, ids, logits.shape[1])
 
     def gradient(
         self,
@@ -73,7 +76,7 @@ class CudaTiles:
         scalars: Tensor,
         dz: Tensor,
     ) -> None:
-        self._call("gradient", z, w, *_tile(z), columns, scale, scalars, scalars.stride(0), dz, dz.stride(0),
+        self._call("gradient", z, w, *tile_extent(z), columns, scale, scalars, scalars.stride(0), dz, dz.stride(0),
                    _is_bf16(dz))  # fmt: skip
 
     def support_gradient(
@@ -86,7 +89,7 @@ class CudaTiles:
         values: Tensor,
         dz: Tensor,
     ) -> None:
-        self._call("support_gradient", z, *_tile(z), scale, scalars, scalars.stride(0), columns, values,
+        self._call("support_gradient", z, *tile_extent(z), scale, scalars, scalars.stride(0), columns, values,
                    columns.shape[1], dz, dz.stride(0), _is_bf16(dz))  # fmt: skip
 
     def _architecture_of(self, device: torch.device) -> str:
@@ -97,18 +100,17 @@ class CudaTiles:
     def _call(self, name: str, z: Tensor, *arguments: Tensor | float) -> None:
         library = load(self._architecture_of(z.device), self._source)
         values = [value.data_ptr() if isinstance(value, Tensor) else value for value in (z, *arguments)]
-        index, stream = 0, None
-        if not self._emulated:
-            index, stream = z.get_device(), torch.cuda.current_stream(z.device).cuda_stream
-        status = getattr(library, f"split_kl_{name}")(*values, index, stream)
+        function = getattr(library, f"split_kl_{name}")
+        if self._emulated:
+            status = function(*values, 0, None)
+        else:
+            # The library has a CUDA runtime of its own and sets the device itself; torch's is put back afterwards.
+            with torch.cuda.device_of(z):
+                status = function(*values, z.get_device(), torch.cuda.current_stream(z.device).cuda_stream)
         if status:
             raise RuntimeError(
                 f"split_kl_{name}: CUDA error {status}: {library.split_kl_error(status).decode()}"
             )
-
-
-def _tile(z: Tensor) -> tuple[int, int, int]:
-    return z.stride(0), z.shape[0], z.shape[1]
 
 
 def _is_bf16(dz: Tensor) -> int:

@@ -115,7 +115,7 @@ class Resources:
 
 
 def cases() -> Iterator[Case]:
-    """Every kernel that a launch can compile: bf16 stands for float16 too, K = 128 for all of float32."""
+    """Every kernel that a launch can compile: K = 128 stands for every K of float32."""
     for arch in ARCHITECTURES.values():
         for format, suffix in _FORMATS.items():
             for name, function in _GEMM_KERNELS.items():

@@ -26,8 +26,8 @@ class TritonBackend:
     """The four passes; signatures and results as ``tile_loop.TiledBackend``, float32 only.
 
     Pass 1 has no tile of logits in memory, so ``options.tokens`` and ``options.vocab`` only shape pass 2, whose
-    single scratch is a tile of dz, bf16 for bf16 inputs. For the same reason a ``cache`` of logits is left empty. Sums
-    run in a fixed order: two calls give the same bits.
+    single scratch is a tile of dz in the inputs' dtype, float32 or bf16. For the same reason a ``cache`` of logits
+    is left empty. Sums run in a fixed order: two calls give the same bits.
 
     Args:
         tile: for every kernel instead of the table in ``tile_sizes``; for tests.
@@ -53,6 +53,8 @@ class TritonBackend:
             # Triton reads the variable once, when its own functions are defined.
             late = isinstance(triton.language.sum, triton.JITFunction)
             return "TRITON_INTERPRET was set after Triton had been imported" if late else None
+        if not torch.cuda.is_available():
+            return "no GPU is visible to torch; check the driver, or choose another backend"
         if torch.version.cuda is None:
             return "it needs an NVIDIA GPU (TMA); use backend 'torch'"
         major, minor = torch.cuda.get_device_capability(device)
@@ -81,7 +83,7 @@ class TritonBackend:
         """Pass 1, see :func:`api.linear_stats`."""
         from . import launch
 
-        launch.check_alignment(
+        launch.check_operands(
             student_hidden=student_hidden,
             student_weight=student_weight,
             teacher_hidden=teacher_hidden,
@@ -116,7 +118,7 @@ class TritonBackend:
         """Pass 1 of one model, see :func:`api.linear_entropy`. The top-k costs no second GEMM."""
         from . import launch
 
-        launch.check_alignment(hidden=hidden, weight=weight)
+        launch.check_operands(hidden=hidden, weight=weight)
         tokens, valid_rows = labels.shape[0], shard.valid_rows(weight.shape[0])
         count = None if gather_ids is None else gather_ids.shape[1]
         state = empty_entropy_state(tokens, topk, count, dtype=torch.float32, device=labels.device)
@@ -157,7 +159,7 @@ class TritonBackend:
         """Pass 2, see :func:`api.linear_split_kl_grads`."""
         from . import launch
 
-        launch.check_alignment(
+        launch.check_operands(
             student_hidden=student_hidden,
             student_weight=student_weight,
             teacher_hidden=teacher_hidden,
@@ -220,7 +222,7 @@ class TritonBackend:
         """Pass 2 of a top-k divergence, see :func:`api.linear_support_grads`."""
         from . import launch
 
-        launch.check_alignment(hidden=hidden, weight=weight)
+        launch.check_operands(hidden=hidden, weight=weight)
         dtype = compute_dtype(hidden)
         valid_rows = shard.valid_rows(weight.shape[0])
         scalars, values = gradient.scaled(1 / temperature, dtype)
@@ -273,6 +275,4 @@ class TritonBackend:
 
 def _dz_workspace(hidden: Tensor, valid_rows: int, options: TileOptions) -> Workspace:
     tokens, vocab = min(options.tokens, hidden.shape[0]), min(options.vocab, valid_rows)
-    # Not in float16: normalised gradients of 1e-8 would vanish in it.
-    dtype = torch.bfloat16 if hidden.dtype == torch.bfloat16 else torch.float32
-    return Workspace(tokens, vocab, hidden.device, [dtype])
+    return Workspace(tokens, vocab, hidden.device, [hidden.dtype])

@@ -191,9 +191,15 @@ def support_dz(
         )
 
 
-def check_alignment(**tensors: Tensor) -> None:
-    """ValueError for a matrix that TMA cannot read."""
+def check_operands(**tensors: Tensor) -> None:
+    """ValueError for a matrix that the kernels are not compiled for or that TMA cannot read."""
+    first, dtype = next((name, tensor.dtype) for name, tensor in tensors.items())
     for name, tensor in tensors.items():
+        if tensor.dtype not in (torch.bfloat16, torch.float32) or tensor.dtype != dtype:
+            raise ValueError(
+                f"{name} is {tensor.dtype}, wanted bfloat16 or float32, the same as {first} ({dtype}): "
+                "use backend 'cuda' or 'torch'"
+            )
         row_bytes = tensor.shape[1] * tensor.element_size()
         if row_bytes % 16 or tensor.data_ptr() % 16:
             raise ValueError(

@@ -20,22 +20,34 @@ from dataclasses import replace
 import pytest
 import torch
 from sead_kernels.split_kl import (
+    BACKENDS,
     TileOptions,
+    TopKTarget,
     VocabShard,
     finalize,
+    finalize_entropy,
     linear_entropy,
     linear_split_kl_grads,
     linear_stats,
+    topk_tail_loss,
 )
 from sead_kernels.split_kl.api import linear_support_grads
 from sead_kernels.split_kl.entropy_state import EntropyState, merge_entropy
 from sead_kernels.split_kl.reference import dense_gradients, dense_stats
 from sead_kernels.split_kl.state import SENTINEL, TokenStats, empty_state
 from sead_kernels.split_kl.support import SupportGradient
-from sead_kernels.split_kl.testing import Problem, make_problem, merged_state, relative_error
+from sead_kernels.split_kl.testing import (
+    LargestOutput,
+    Problem,
+    make_problem,
+    merged_state,
+    relative_error,
+)
 from sead_kernels.split_kl.topk import NO_ID
 from sead_kernels.split_kl.triton import TritonBackend
+from sead_kernels.split_kl.triton.tile_sizes import Tile
 from torch import Tensor
+from torch.nn import Parameter
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 FLOAT32 = torch.float32
@@ -74,6 +86,7 @@ class TestOutside:
             timeout=600,
         )
         assert child.returncode == 0, child.stdout + child.stderr
+        assert " passed" in child.stdout and "skipped" not in child.stdout, child.stdout
 
     def test_the_package_imports_without_triton(self) -> None:
         code = (
@@ -103,6 +116,9 @@ class TestOutside:
         assert "backend 'torch'" in str(backend.unavailable(torch.device("cuda"), torch.float64))
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
         assert "not on cpu" in str(backend.unavailable(torch.device("cpu"), FLOAT32))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        assert "no GPU is visible" in str(backend.unavailable(torch.device("cuda"), FLOAT32))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.version, "cuda", None)
         assert "NVIDIA" in str(backend.unavailable(torch.device("cuda"), FLOAT32))
         monkeypatch.setattr(torch.version, "cuda", "13.0")
@@ -264,6 +280,58 @@ class TestKernels:
         assert torch.equal(state.topk_ids, ids)
         assert float((state.topk_logits - logits).abs().max()) <= 1e-5
 
+    @pytest.mark.parametrize("topk", [64, 128])
+    def test_topk_of_the_default_size_and_the_largest(
+        self, topk: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """With a vocabulary tile as wide as the shipped one: a tile is sorted for its K largest."""
+        monkeypatch.setitem(BACKENDS, "triton", TritonBackend(tile=Tile(16, 128, 32)))
+        problem = problem_of(FLOAT32, tokens=5, valid=301, padded=304)
+        state = merged_entropy(problem, 1, topk)
+        logits, ids = teacher_logits(problem).topk(topk)
+        assert state.topk_ids is not None and state.topk_logits is not None
+        assert torch.equal(state.topk_ids, ids)
+        assert float((state.topk_logits - logits).abs().max()) <= 1e-5
+
+    def test_a_whole_tail_loss_allocates_no_logits(self) -> None:
+        """Teacher's top-k, student's pass, support gradient; the same numbers as the torch backend's.
+
+        The interpreter copies every tensor as bytes, which counts four for one: the weight makes 16128.
+        """
+        problem = problem_of(FLOAT32, tokens=136, valid=1000, padded=1008, student_width=4, teacher_width=4)
+        results = []
+        for backend in ("triton", "torch"):
+            options = TileOptions(backend=backend, tokens=16, vocab=128)
+            weight, hidden = (
+                Parameter(problem.student_weight),
+                problem.student_hidden.clone().requires_grad_(),
+            )
+            with LargestOutput() as largest:
+                teacher = linear_entropy(
+                    problem.teacher_hidden,
+                    problem.teacher_weight,
+                    problem.labels,
+                    shard=problem.shard(),
+                    topk=8,
+                    options=options,
+                )
+                output = topk_tail_loss(
+                    hidden,
+                    weight,
+                    TopKTarget.of(finalize_entropy(teacher, problem.valid)),
+                    problem.labels,
+                    problem.coefficients,
+                    shard=problem.shard(),
+                    tp_group=None,
+                    options=options,
+                )
+                output.loss.backward()
+            assert largest.numel < 136 * 1000 / 8
+            results.append((output.loss.detach(), hidden.grad, weight.grad))
+        for ours, expected in zip(*results, strict=True):
+            assert ours is not None and expected is not None
+            assert relative_error(ours, expected) <= 1e-5
+
     @pytest.mark.parametrize("ranks", [1, 2])
     def test_equal_logits_go_to_the_smaller_id(self, ranks: int) -> None:
         """Ten distinct rows, repeated over tiles and shards; small integers, so that equal means equal."""
@@ -370,6 +438,19 @@ class TestKernels:
         )
         assert dh.shape == local.student_hidden.shape and not dh.any()
         assert dw is not None and not dw.any()
+
+    def test_dtypes_that_are_not_compiled(self) -> None:
+        problem = problem_of(torch.float16)
+        with pytest.raises(ValueError, match=r"student_hidden is torch.float16, wanted bfloat16 or float32"):
+            linear_stats(*problem.inputs(), shard=VocabShard(0, problem.valid), options=OPTIONS)
+        teacher = problem_of(torch.bfloat16)
+        mixed = replace(
+            problem_of(FLOAT32), teacher_hidden=teacher.teacher_hidden, teacher_weight=teacher.teacher_weight
+        )
+        with pytest.raises(
+            ValueError, match=r"teacher_hidden is torch.bfloat16, .* the same as student_hidden"
+        ):
+            linear_stats(*mixed.inputs(), shard=VocabShard(0, problem.valid), options=OPTIONS)
 
     @pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 6), (torch.bfloat16, 12)])
     def test_rows_that_tma_cannot_read(self, dtype: torch.dtype, width: int) -> None:

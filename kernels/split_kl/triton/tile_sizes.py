@@ -33,7 +33,7 @@ class Tile:
 # Compute capability by its first number, 9: Hopper, 10: datacenter Blackwell.
 ARCHITECTURES = {9: "sm_90", 10: "sm_100"}
 
-# bf16 and float16 operands. On sm_100 two accumulators of 128 x 128 spill in the statistics.
+# bf16 operands. On sm_100 two accumulators of 128 x 128 spill in the statistics.
 TENSOR_CORE_TILES: dict[tuple[str, str], Tile] = {
     ("stats", "sm_90"): Tile(128, 128, 64),
     ("stats", "sm_100"): Tile(128, 64, 64),
