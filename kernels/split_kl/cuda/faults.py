@@ -84,7 +84,7 @@ FAULTS = [
     ),
     Fault("cross moment is shifted by one maximum only", "(*x_s + (d_s - d_t) *", "(*x_s + d_s *"),
     Fault(
-        "cross moment is merged after the sums",
+        "student's cross moment is dropped",
         "    *x_s = __expf(d_s) * (*x_s + (d_s - d_t) * row[state_stride]) + total(partial + 2 * kWarps);\n",
         "",
     ),
