@@ -181,6 +181,20 @@ def test_nothing_active_is_a_zero_with_a_backward_pass(
         assert weight.grad is not None and not weight.grad.any()
 
 
+def test_no_token_gives_a_zero_weight_gradient(tiles: TileOptions) -> None:
+    """The weight's gradient starts as uninitialised memory, which is NaN here, and no tile overwrites it."""
+    problem = make_problem(tokens=0)
+    stats = finalize(merged_state(problem, 1, options=tiles))
+    torch.use_deterministic_algorithms(True)
+    try:
+        dh, dw = linear_split_kl_grads(
+            *problem.inputs(), stats, problem.coefficients, shard=problem.shard(), options=tiles
+        )
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert dh.shape == (0, 16) and dw is not None and bool((dw == 0).all())
+
+
 def test_frozen_weight_and_frozen_hidden() -> None:
     problem = make_problem()
     _, expected_dw = dense_gradients(*problem.inputs(), problem.coefficients, valid=problem.valid)

@@ -10,6 +10,7 @@ from sead_kernels.split_kl import (
     EntropyStats,
     TileOptions,
     TopKTarget,
+    VocabShard,
     finalize,
     finalize_entropy,
     linear_entropy,
@@ -149,6 +150,25 @@ def test_the_target_of_a_teacher_pass(tiles: TileOptions) -> None:
     assert float((target.tail_mass - wanted.tail_mass).abs().max()) <= 5e-7
     with pytest.raises(ValueError, match="teacher has no top-k"):
         TopKTarget.of(finalize_entropy(linear_entropy(*inputs, shard=problem.shard()), problem.valid))
+
+
+def test_the_tail_mass_has_the_rounding_of_the_sum_alone(tiles: TileOptions) -> None:
+    """Logits near 30: 1 - sum_k exp(z - lse) would carry the rounding of lse, and of k additions."""
+    generator = torch.Generator().manual_seed(4)
+    weight = 30 + 3 * torch.randn(4096, 1, generator=generator)
+    state = linear_entropy(
+        torch.ones(1, 1),
+        weight,
+        torch.tensor([0]),
+        shard=VocabShard(0, 4096),
+        topk=128,
+        options=replace(tiles, vocab=1000),
+    )
+    stats = finalize_entropy(state, 4096)
+    exact = (weight[:, 0].double()).softmax(0).sort(descending=True).values[128:].sum()
+    assert stats.tail_mass is not None and state.topk_logits is not None
+    uncentred = 1 - (state.topk_logits - stats.lse[:, None]).exp().sum(1)
+    assert abs(float(stats.tail_mass - exact)) <= 1.5e-7 < abs(float(uncentred - exact))
 
 
 def test_strided_support(tiles: TileOptions) -> None:
