@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..gemm import tile_extent
 from ..native_build import BuildError, build_library, find_program
+from ..native_tiles import NativeTiles
 
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math",
           "-ffp-contract=fast", "-shared", "-fPIC", "-pthread")  # fmt: skip
@@ -53,11 +53,8 @@ def _load() -> ctypes.CDLL | str:
     return library
 
 
-class CpuTiles:
-    """See :class:`tile_loop.TileKernels`. ``torch.get_num_threads()`` threads; results do not depend on it."""
-
-    stats_keeps_tiles = True
-    stats_scratch, entropy_scratch, gradient_scratch = 0, 0, 0
+class CpuTiles(NativeTiles):
+    """On ``torch.get_num_threads()`` threads; results do not depend on it."""
 
     def unavailable(self, device: torch.device, dtype: torch.dtype) -> str | None:
         if device.type != "cpu":
@@ -65,49 +62,7 @@ class CpuTiles:
         library = _load()
         return library if isinstance(library, str) else None
 
-    def stats(
-        self, z: Tensor, w: Tensor, scratch: list[Tensor], columns: Tensor, scale: float, state: Tensor
-    ) -> None:
-        _call("stats", z, w, *tile_extent(z), columns, scale, state, state.stride(0))
-
-    def entropy(self, z: Tensor, scratch: list[Tensor], columns: Tensor, scale: float, rows: Tensor) -> None:
-        _call("entropy", z, *tile_extent(z), columns, scale, rows, rows.stride(0))
-
-    def topk(
-        self, z: Tensor, scratch: list[Tensor], first_id: int, scale: float, logits: Tensor, ids: Tensor
-    ) -> None:
-        _call("topk", z, *tile_extent(z), first_id, scale, logits, ids, logits.shape[1])
-
-    def gradient(
-        self,
-        z: Tensor,
-        w: Tensor,
-        scratch: list[Tensor],
-        columns: Tensor,
-        scale: float,
-        scalars: Tensor,
-        dz: Tensor,
-    ) -> None:
-        _call("gradient", z, w, *tile_extent(z), columns, scale, scalars, scalars.stride(0), dz, dz.stride(0))
-
-    def support_gradient(
-        self,
-        z: Tensor,
-        scratch: list[Tensor],
-        scale: float,
-        scalars: Tensor,
-        columns: Tensor,
-        values: Tensor,
-        dz: Tensor,
-    ) -> None:
-        count = columns.shape[1]
-        _call("support_gradient", z, *tile_extent(z), scale, scalars, scalars.stride(0), columns, values, count, dz,
-              dz.stride(0))  # fmt: skip
-
-
-def _call(name: str, *arguments: Tensor | float) -> None:
-    tile = arguments[0]
-    assert isinstance(tile, Tensor)
-    function = getattr(_load(), f"split_kl_{name}_{_SUFFIX[tile.dtype]}")
-    values = [value.data_ptr() if isinstance(value, Tensor) else value for value in arguments]
-    function(*values, torch.get_num_threads())
+    def _call(self, name: str, z: Tensor, *arguments: Tensor | float) -> None:
+        function = getattr(_load(), f"split_kl_{name}_{_SUFFIX[z.dtype]}")
+        values = [value.data_ptr() if isinstance(value, Tensor) else value for value in (z, *arguments)]
+        function(*values, torch.get_num_threads())

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..gemm import tile_extent
 from ..native_build import BuildError
+from ..native_tiles import NativeTiles
 from .build import EMULATED, SOURCE, load
 
 
@@ -28,16 +28,13 @@ def _architecture(device_index: int) -> str:
     return f"sm_{major}{minor}" + ("a" if major >= 9 else "")
 
 
-class CudaTiles:
-    """See :class:`tile_loop.TileKernels`; float32 tiles, dz in float32 or bf16.
+class CudaTiles(NativeTiles):
+    """float32 tiles, dz in float32 or bf16; on the current stream of the tiles' device.
 
     Args:
         emulated: run the same source on the CPU (``emulation.h``), for tests; thousands of times slower.
         source: another version of the source, for tests of the tests.
     """
-
-    stats_keeps_tiles = True
-    stats_scratch, entropy_scratch, gradient_scratch = 0, 0, 0
 
     def __init__(self, *, emulated: bool = False, source: Path = SOURCE) -> None:
         self._emulated, self._source = emulated, source
@@ -53,44 +50,10 @@ class CudaTiles:
         library = _load_or_reason(self._architecture_of(device), self._source)
         return library if isinstance(library, str) else None
 
-    def stats(
-        self, z: Tensor, w: Tensor, scratch: list[Tensor], columns: Tensor, scale: float, state: Tensor
-    ) -> None:
-        self._call("stats", z, w, *tile_extent(z), columns, scale, state, state.stride(0))
-
-    def entropy(self, z: Tensor, scratch: list[Tensor], columns: Tensor, scale: float, rows: Tensor) -> None:
-        self._call("entropy", z, *tile_extent(z), columns, scale, rows, rows.stride(0))
-
-    def topk(
-        self, z: Tensor, scratch: list[Tensor], first_id: int, scale: float, logits: Tensor, ids: Tensor
-    ) -> None:
-        self._call("topk", z, *tile_extent(z), first_id, scale, logits, ids, logits.shape[1])
-
-    def gradient(
-        self,
-        z: Tensor,
-        w: Tensor,
-        scratch: list[Tensor],
-        columns: Tensor,
-        scale: float,
-        scalars: Tensor,
-        dz: Tensor,
-    ) -> None:
-        self._call("gradient", z, w, *tile_extent(z), columns, scale, scalars, scalars.stride(0), dz, dz.stride(0),
-                   _is_bf16(dz))  # fmt: skip
-
-    def support_gradient(
-        self,
-        z: Tensor,
-        scratch: list[Tensor],
-        scale: float,
-        scalars: Tensor,
-        columns: Tensor,
-        values: Tensor,
-        dz: Tensor,
-    ) -> None:
-        self._call("support_gradient", z, *tile_extent(z), scale, scalars, scalars.stride(0), columns, values,
-                   columns.shape[1], dz, dz.stride(0), _is_bf16(dz))  # fmt: skip
+    def _dz_arguments(self, dz: Tensor) -> tuple[int, ...]:
+        if dz.dtype not in (torch.bfloat16, torch.float32):
+            raise TypeError(f"dz is {dz.dtype}, wanted bfloat16 or float32")
+        return (int(dz.dtype == torch.bfloat16),)
 
     def _architecture_of(self, device: torch.device) -> str:
         if self._emulated:
@@ -111,10 +74,3 @@ class CudaTiles:
             raise RuntimeError(
                 f"split_kl_{name}: CUDA error {status}: {library.split_kl_error(status).decode()}"
             )
-
-
-def _is_bf16(dz: Tensor) -> int:
-    """1 or 0; the kernels know no other dtype."""
-    if dz.dtype not in (torch.bfloat16, torch.float32):
-        raise TypeError(f"dz is {dz.dtype}, wanted bfloat16 or float32")
-    return int(dz.dtype == torch.bfloat16)
