@@ -69,7 +69,7 @@ class Problem:
 
 
 class LargestOutput(TorchDispatchMode):
-    """Records the largest element count of any operator's output."""
+    """Records the largest element count of any operator's output; bytes (uint8) are not counted."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class LargestOutput(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
+            if isinstance(leaf, torch.Tensor) and leaf.dtype != torch.uint8:
                 self.numel = max(self.numel, leaf.numel())
         return result
 
