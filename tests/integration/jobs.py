@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from tests.integration.hooks.job_mark import VARIABLE, is_marked, running_processes
 from tests.tiny_inputs import write_jsonl, write_tokenizer_json
 from tests.tiny_models import save_tiny_llama
 
@@ -89,7 +90,7 @@ def run_job(
 ) -> Finished:
     """`python -m sead_megatron train CONFIG --nproc-per-node RANKS OVERRIDES` to its end."""
     token = uuid.uuid4().hex
-    environment = os.environ | {"SEAD_TEST_JOB": token, "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {VARIABLE: token, "OMP_NUM_THREADS": "1"}
     if fault is not None:
         environment["SEAD_TEST_FAULT"] = json.dumps({"rank": 0, "call": 1, "action": "kill"} | fault)
         environment["PYTHONPATH"] = os.pathsep.join([str(HOOKS), os.environ.get("PYTHONPATH", "")])
@@ -129,13 +130,4 @@ def run_job(
 
 def processes_of(token: str) -> list[int]:
     """Ids of the living processes that a job started, by the mark in their environment."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            try:
-                marked = f"SEAD_TEST_JOB={token}".encode() in (entry / "environ").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            if marked:
-                found.append(int(entry.name))
-    return found
+    return [process for process in running_processes() if is_marked(process, token)]

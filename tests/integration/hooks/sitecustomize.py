@@ -16,14 +16,7 @@ import time
 from pathlib import Path
 from typing import Any, ClassVar
 
-
-def is_of_this_job(process: int) -> bool:
-    """Whether a process carries this job's mark in its environment (`tests.integration.jobs.run_job`)."""
-    mark = f"SEAD_TEST_JOB={os.environ['SEAD_TEST_JOB']}".encode()
-    try:
-        return mark in Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
-    except OSError:
-        return False
+from job_mark import VARIABLE, is_marked, running_processes
 
 
 def parent_of(process: int) -> int:
@@ -40,9 +33,10 @@ def kill_job() -> None:
     Only this job's processes: a rank whose launcher is gone already is a child of init, and so are many others.
     """
     launcher, me = os.getppid(), os.getpid()
-    if is_of_this_job(launcher):
-        processes = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()]
-        ranks = [p for p in processes if p != me and parent_of(p) == launcher and is_of_this_job(p)]
+    token = os.environ[VARIABLE]
+    if is_marked(launcher, token):
+        children = [p for p in running_processes() if p != me and parent_of(p) == launcher]
+        ranks = [p for p in children if is_marked(p, token)]
         for process in (launcher, *ranks):
             os.kill(process, signal.SIGKILL)
     os.kill(me, signal.SIGKILL)
