@@ -28,7 +28,7 @@ from sead_megatron.training.flops import device_peak_flops, step_flops
 from sead_megatron.training.job import Job, build_job, run_path
 from sead_megatron.training.step_plan import StepPlan, plan_step
 from sead_megatron.training.student import Update
-from sead_megatron.training.teacher import TeacherScores, teacher_entropy
+from sead_megatron.training.teacher import TeacherScores, entropy_columns, teacher_entropy
 from sead_megatron.training.token_columns import share_columns
 from sead_megatron.wandb_logger import WandbLogger
 
@@ -109,9 +109,6 @@ class Trainer:
         if not objective.needs_teacher_entropy or from_stats:
             return table
         student = job.models.student
-        names: tuple[str, ...] = ("teacher_entropy",)
-        if objective.teacher_topk:
-            names = (*names, "teacher_entropy_slack")
         measured = {}
         if scores is not None and job.models.teacher_output is not None:
             measured = teacher_entropy(
@@ -125,7 +122,12 @@ class Trainer:
             )
         token_index = None if scores is None else scores.token_index
         columns = share_columns(
-            names, measured, token_index, plan.num_tokens, student.model.groups, job.device
+            entropy_columns(objective.teacher_topk),
+            measured,
+            token_index,
+            plan.num_tokens,
+            student.model.groups,
+            job.device,
         )
         return table.with_columns(**columns)
 

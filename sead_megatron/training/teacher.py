@@ -188,6 +188,11 @@ def _last_stage_ranks(layout: Layout, replica: int) -> list[int]:
     return list(range(first, first + layout.tensor))
 
 
+def entropy_columns(topk: int) -> tuple[str, ...]:
+    """What `teacher_entropy` measures: the entropy and, of a top-k one, by how much the exact one can exceed it."""
+    return ("teacher_entropy", "teacher_entropy_slack") if topk else ("teacher_entropy",)
+
+
 def teacher_entropy(
     scores: TeacherScores,
     output_shard: Tensor,
@@ -199,12 +204,11 @@ def teacher_entropy(
     options: TileOptions,
     chunk: int = 16384,
 ) -> dict[str, Tensor]:
-    """Of every token of `scores`, float32 [n], nats, equal on all TP ranks: `teacher_entropy`.
+    """The `entropy_columns` of every token of `scores`, float32 [n], nats; equal on all TP ranks.
 
-    `topk > 0` gives the entropy of the k most likely tokens and a tail bucket, a lower bound of the exact one, and
-    `teacher_entropy_slack`, by how much the exact one can exceed it.
+    `topk > 0` gives the entropy of the k most likely tokens and a tail bucket, a lower bound of the exact one.
     """
-    names = ("teacher_entropy", "teacher_entropy_slack") if topk else ("teacher_entropy",)
+    names = entropy_columns(topk)
     chunks: dict[str, list[Tensor]] = {name: [torch.empty(0, device=output_shard.device)] for name in names}
     for start in range(0, len(scores.token_index), chunk):
         hidden = scores.hidden[start : start + chunk].to(output_shard.device)
