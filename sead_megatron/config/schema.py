@@ -141,9 +141,9 @@ class KernelConfig(Section):
     """The fused output layer and divergences."""
 
     backend: Literal["auto", "cuda", "cpu", "triton", "torch"] = "auto"
-    """`cuda`: library GEMMs and CUDA C++ tile kernels (needs nvcc on first use). `triton`: fused kernels, Hopper and
-    newer. `cpu`: library GEMMs and C++ tile kernels (needs a C++ compiler on first use). `torch`: plain torch, tile
-    by tile, anywhere. `auto`: the first of these that works on the device."""
+    """`cuda`: library GEMMs and CUDA C++ tile kernels (needs nvcc once). `cpu`: library GEMMs and C++ tile kernels
+    (needs a C++ compiler once). `triton`: fused kernels, Hopper and newer. `torch`: plain torch, tile by tile,
+    anywhere. `auto`: the first of these that works on the device."""
     tile_tokens: PositiveInt = 1024
     """Tokens of a tile."""
     tile_vocab: PositiveInt = 4096

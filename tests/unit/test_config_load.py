@@ -6,9 +6,11 @@ from typing import Any, get_args
 import pytest
 import yaml
 from pydantic import ValidationError
+from sead_kernels.split_kl import BACKENDS, MAX_TOPK
 
 from sead_megatron.config import SeadObjective, TrainConfig, dump_config, load_config
 from sead_megatron.config.fields import find_field, leaves, sections_of, variant_name
+from sead_megatron.config.schema import KernelConfig
 from sead_megatron.errors import UserError
 from tests.tiny_inputs import minimal
 
@@ -264,3 +266,12 @@ def test_schema_walk() -> None:
     objectives = sections_of(TrainConfig.model_fields["objective"].annotation)
     assert [variant_name(section) for section in objectives] == ["sead", "opd"]
     assert find_field(["objective", "zones", "q"]) is None
+
+
+def test_the_kernels_limits_are_those_of_the_kernels(config_yaml: Path) -> None:
+    """The configuration imports no torch, so it repeats what the kernels know."""
+    backends = get_args(KernelConfig.model_fields["backend"].annotation)
+    assert backends == ("auto", *BACKENDS)
+    assert load_config(config_yaml, [f"objective={{name: sead, teacher_topk: {MAX_TOPK}}}"])
+    with pytest.raises(UserError, match=f"must be at most {MAX_TOPK}"):
+        load_config(config_yaml, [f"objective={{name: sead, teacher_topk: {MAX_TOPK + 1}}}"])
