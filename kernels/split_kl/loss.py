@@ -15,6 +15,7 @@ from .logit_cache import LogitCache
 from .state import TokenStats, finalize
 from .tensor_parallel import merge_tp
 from .tiling import DEFAULT_TILES, TileOptions, VocabShard
+from .topk_tail import TailStats
 from .weight_protocol import input_gradients, select_rows
 
 
@@ -92,6 +93,12 @@ def split_kl_loss(
     return SplitKLOutput(loss, TokenStats(*stats.unbind(0)), active)
 
 
+def weighted_sum(stats: TokenStats | TailStats, coefficients: Tensor) -> Tensor:
+    """The loss: the four terms of ``COEFFICIENTS`` times ``coefficients`` [T, 4], summed."""
+    terms = [stats.forward_kl, stats.reverse_kl, stats.student_entropy, stats.student_logprob]
+    return (coefficients * torch.stack(terms, dim=1)).sum()
+
+
 class _SplitKL(torch.autograd.Function):
     """Keeps references to its inputs, the active indices, eight numbers per active row, and the logit cache."""
 
@@ -121,10 +128,7 @@ class _SplitKL(torch.autograd.Function):
         )
         # Without a row nothing is communicated, on no rank: all of them see the same coefficients.
         stats = finalize(merge_tp(state, settings.tp_group) if active.numel() else state)
-        terms = torch.stack(
-            [stats.forward_kl, stats.reverse_kl, stats.student_entropy, stats.student_logprob], dim=1
-        )
-        loss = (select_rows(coefficients, active) * terms).sum()
+        loss = weighted_sum(stats, select_rows(coefficients, active))
         packed = torch.stack(stats)
         ctx.save_for_backward(
             student_hidden,
@@ -167,14 +171,4 @@ class _SplitKL(torch.autograd.Function):
                 cache=ctx.cache,
             )
 
-        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        gradients = input_gradients(
-            hidden,
-            ctx.weight,
-            active,
-            pass2,
-            wants_hidden=wants_hidden,
-            wants_weight=wants_weight,
-            weight_tied=settings.weight_tied,
-        )
-        return *gradients, None, None, None, None, None
+        return *input_gradients(ctx, hidden, active, pass2), None, None, None, None, None

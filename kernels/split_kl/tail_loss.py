@@ -11,7 +11,7 @@ from torch import Tensor
 from .api import linear_entropy, linear_support_grads
 from .checks import check_coefficients, check_model, check_rows, check_target_ids, check_whole_vocabulary
 from .entropy_state import finalize_entropy
-from .loss import LossSettings
+from .loss import LossSettings, weighted_sum
 from .support import SupportGradient
 from .tensor_parallel import merge_tp
 from .tiling import DEFAULT_TILES, TileOptions, VocabShard
@@ -58,8 +58,8 @@ def topk_tail_loss(
         "target.ids": target.ids,
         "target.logprobs": target.logprobs,
         "target.tail_mass": target.tail_mass,
+        "labels": labels,
     }
-    rows["labels"] = labels
     check_rows(tokens, **rows)
     settings = LossSettings(shard, tp_group, temperature, options, weight_tied)
     loss, stats, active = _TopKTail.apply(
@@ -101,8 +101,7 @@ class _TopKTail(torch.autograd.Function):
         merged = merge_tp(state, settings.tp_group) if active.numel() else state
         student = finalize_entropy(merged, settings.shard.valid)
         stats = topk_tail_stats(student, target)
-        terms = [stats.forward_kl, stats.reverse_kl, stats.student_entropy, stats.student_logprob]
-        loss = (coefficients * torch.stack(terms, dim=1)).sum()
+        loss = weighted_sum(stats, coefficients)
         gradient = topk_tail_gradient(student, target, stats, labels, coefficients)
         packed = torch.stack(stats)
         ctx.save_for_backward(
@@ -139,14 +138,4 @@ class _TopKTail(torch.autograd.Function):
                 weight_requires_grad=weight_requires_grad,
             )
 
-        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        gradients = input_gradients(
-            hidden,
-            ctx.weight,
-            active,
-            pass2,
-            wants_hidden=wants_hidden,
-            wants_weight=wants_weight,
-            weight_tied=settings.weight_tied,
-        )
-        return *gradients, None, None, None, None, None, None
+        return *input_gradients(ctx, hidden, active, pass2), None, None, None, None, None, None

@@ -178,8 +178,7 @@ class TiledBackend:
         dtype = compute_dtype(student_hidden, teacher_hidden)
         valid_rows = shard.valid_rows(student_weight.shape[0])
         scalars = pack_scalars(stats, coefficients, temperature, dtype)
-        dz_dtype = operand_dtype(student_hidden, dtype)
-        own_dz = [] if dz_dtype == dtype else [dz_dtype]
+        own_dz = _own_dz(student_hidden, dtype)
         tiles = [*[dtype] * (2 + self._kernels.gradient_scratch), *own_dz]
         workspace = _workspace(options, len(labels), valid_rows, labels.device, tiles)
 
@@ -229,8 +228,7 @@ class TiledBackend:
         dtype = compute_dtype(hidden)
         valid_rows = shard.valid_rows(weight.shape[0])
         scalars, values = gradient.scaled(1 / temperature, dtype)
-        dz_dtype = operand_dtype(hidden, dtype)
-        own_dz = [] if dz_dtype == dtype else [dz_dtype]
+        own_dz = _own_dz(hidden, dtype)
         tiles = [*[dtype] * (1 + self._kernels.gradient_scratch), *own_dz]
         workspace = _workspace(options, len(hidden), valid_rows, hidden.device, tiles)
 
@@ -264,6 +262,12 @@ def _workspace(
     options: TileOptions, tokens: int, valid_rows: int, device: torch.device, dtypes: list[torch.dtype]
 ) -> Workspace:
     return Workspace(min(options.tokens, tokens), min(options.vocab, valid_rows), device, dtypes)
+
+
+def _own_dz(hidden: Tensor, dtype: torch.dtype) -> list[torch.dtype]:
+    """The dtype of the scratch tile for dz, where dz is narrower than the logits and cannot replace them."""
+    narrow = operand_dtype(hidden, dtype)
+    return [] if narrow == dtype else [narrow]
 
 
 def _gather(z: Tensor, columns: Tensor) -> Tensor:

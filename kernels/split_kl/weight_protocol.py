@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,16 +18,12 @@ def select_rows(tensor: Tensor, active: Tensor) -> Tensor:
 
 
 def input_gradients(
-    hidden: Tensor,
-    weight: Tensor,
-    active: Tensor,
-    pass2: Pass2,
-    *,
-    wants_hidden: bool,
-    wants_weight: bool,
-    weight_tied: bool,
+    ctx: Any, hidden: Tensor, active: Tensor, pass2: Pass2
 ) -> tuple[Tensor | None, Tensor | None]:
-    """What ``backward`` returns for (hidden, weight).
+    """What ``backward`` returns for its first two inputs, the hidden states and the weight.
+
+    Args:
+        ctx: the node's context; ``weight``, the parameter itself, and ``settings.weight_tied`` are read of it.
 
     With a ``main_grad`` (Megatron DDP) the weight's gradient is added to it by ``pass2``, and autograd gets the
     dummy that Megatron's own linear layers return, or None for a tied weight.
@@ -38,6 +35,8 @@ def input_gradients(
         raise RuntimeError(
             "the split-KL losses have no second derivative: call backward without create_graph"
         )
+    weight: Tensor = ctx.weight
+    wants_hidden, wants_weight = ctx.needs_input_grad[:2]
     main_grad = getattr(weight, "main_grad", None) if wants_weight else None
     hidden_grad = torch.zeros_like(hidden) if wants_hidden else None
     weight_grad = None
@@ -46,7 +45,7 @@ def input_gradients(
         if hidden_grad is not None:
             hidden_grad.index_copy_(0, active, rows_grad.to(hidden.dtype))
     if wants_weight and main_grad is not None:
-        weight_grad = None if weight_tied else _dummy_gradient(weight)
+        weight_grad = None if ctx.settings.weight_tied else _dummy_gradient(weight)
     elif wants_weight and weight_grad is None:
         weight_grad = torch.zeros_like(weight)
     return hidden_grad, weight_grad

@@ -226,7 +226,7 @@ class TritonBackend:
         dtype = compute_dtype(hidden)
         valid_rows = shard.valid_rows(weight.shape[0])
         scalars, values = gradient.scaled(1 / temperature, dtype)
-        ids, values = gradient.ids.contiguous(), values.contiguous()
+        ids = gradient.ids.contiguous()
         workspace = _dz_workspace(hidden, valid_rows, options)
         tile = self._tile("support_dz", hidden)
 
