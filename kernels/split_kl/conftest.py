@@ -48,6 +48,9 @@ def tiles_and_dtype(request: pytest.FixtureRequest) -> tuple[TileOptions, torch.
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> None:
-    """Small matrices: threads only cost time. Restored by the next module that cares."""
+def one_thread() -> Iterator[None]:
+    """Small matrices: threads only cost time."""
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

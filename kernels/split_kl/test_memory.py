@@ -11,16 +11,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from sead_kernels.split_kl import (
-    TileOptions,
-    TopKTarget,
-    finalize_entropy,
-    linear_entropy,
-    split_kl_loss,
-    topk_tail_loss,
-)
+from sead_kernels.split_kl import TileOptions, split_kl_loss
 from sead_kernels.split_kl.reference import dense_loss
-from sead_kernels.split_kl.testing import LargestOutput, Problem, make_problem
+from sead_kernels.split_kl.testing import LargestOutput, Problem, make_problem, tail_loss_on_own_topk
 from torch.nn import Parameter
 
 TOKENS, VOCABULARY, WIDTH = 128, 1024, 4
@@ -39,17 +32,9 @@ def problem_and_leaves(dtype: torch.dtype) -> tuple[Problem, Parameter, torch.Te
 
 
 def step(dtype: torch.dtype, tiles: TileOptions) -> int:
-    """A teacher's top-k, the exact loss and the loss on that top-k, forward and backward."""
+    """The exact loss, a teacher's top-k and the loss on it, forward and backward."""
     problem, weight, hidden = problem_and_leaves(dtype)
     with LargestOutput() as largest:
-        teacher = linear_entropy(
-            problem.teacher_hidden,
-            problem.teacher_weight,
-            problem.labels,
-            shard=problem.shard(),
-            topk=8,
-            options=tiles,
-        )
         split_kl_loss(
             hidden,
             weight,
@@ -61,16 +46,7 @@ def step(dtype: torch.dtype, tiles: TileOptions) -> int:
             tp_group=None,
             options=tiles,
         ).loss.backward()
-        topk_tail_loss(
-            hidden,
-            weight,
-            TopKTarget.of(finalize_entropy(teacher, problem.valid)),
-            problem.labels,
-            problem.coefficients,
-            shard=problem.shard(),
-            tp_group=None,
-            options=tiles,
-        ).loss.backward()
+        tail_loss_on_own_topk(problem, hidden, weight, topk=8, options=tiles).backward()
     assert weight.grad is not None and bool(weight.grad.any())
     return largest.numel
 

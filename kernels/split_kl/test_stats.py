@@ -20,10 +20,9 @@ from sead_kernels.split_kl import (
     linear_entropy,
     linear_stats,
 )
-from sead_kernels.split_kl.entropy_state import EntropyState, merge_entropy
 from sead_kernels.split_kl.reference import dense_stats, dense_topk_entropy
 from sead_kernels.split_kl.state import empty_state, merge
-from sead_kernels.split_kl.testing import SMALL_TILES, make_problem, merged_state
+from sead_kernels.split_kl.testing import SMALL_TILES, make_problem, merged_entropy, merged_state
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-5}
 
@@ -151,20 +150,7 @@ def test_entropy_matches_the_oracle(
     """topk 40 exceeds the rows of a shard of four ranks and the window of 24; 117 is the whole vocabulary."""
     tiles, dtype = tiles_and_dtype
     problem = make_problem(dtype=dtype)
-    merged: EntropyState | None = None
-    for rank in range(ranks):
-        local, shard = problem.local(rank, ranks)
-        part = linear_entropy(
-            local.teacher_hidden,
-            local.teacher_weight,
-            local.labels,
-            shard=shard,
-            temperature=0.7,
-            topk=topk,
-            options=tiles,
-        )
-        merged = part if merged is None else merge_entropy(merged, part)
-    assert merged is not None
+    merged = merged_entropy(problem, ranks, temperature=0.7, topk=topk, options=tiles)
     stats = finalize_entropy(merged, problem.valid)
     expected = dense_stats(*problem.inputs(), valid=problem.valid, temperature=0.7)
     tolerance = TOLERANCE[dtype]

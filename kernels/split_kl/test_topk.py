@@ -7,23 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 from sead_kernels.split_kl import MAX_TOPK, TileOptions, VocabShard, finalize_entropy, linear_entropy
-from sead_kernels.split_kl.entropy_state import EntropyState, merge_entropy
 from sead_kernels.split_kl.state import SENTINEL
-from sead_kernels.split_kl.testing import Problem, make_problem
+from sead_kernels.split_kl.testing import Problem, make_problem, merged_entropy
 from sead_kernels.split_kl.topk import NO_ID, decode_keys, encode_keys, largest
 from torch import Tensor
-
-
-def merged(problem: Problem, topk: int, tiles: TileOptions, ranks: int = 1) -> EntropyState:
-    parts = []
-    for rank in range(ranks):
-        local, shard = problem.local(rank, ranks)
-        inputs = (local.teacher_hidden, local.teacher_weight, local.labels)
-        parts.append(linear_entropy(*inputs, shard=shard, topk=topk, options=tiles))
-    state = parts[0]
-    for part in parts[1:]:
-        state = merge_entropy(state, part)
-    return state
 
 
 def with_ties(seed: int = 0) -> Problem:
@@ -48,7 +35,7 @@ def expected(problem: Problem, topk: int) -> tuple[Tensor, Tensor]:
 def test_ties_go_to_the_smaller_id(tiles: TileOptions, ranks: int, topk: int) -> None:
     """About 20 distinct logits among 117: ties inside a tile, over tiles of 24 and over shards of 32."""
     problem = with_ties()
-    state = merged(problem, topk, tiles, ranks)
+    state = merged_entropy(problem, ranks, topk=topk, options=tiles)
     values, ids = expected(problem, topk)
     assert state.topk_ids is not None and state.topk_logits is not None
     assert torch.equal(state.topk_ids, ids)

@@ -19,8 +19,14 @@ from sead_kernels.split_kl import (
     topk_tail_loss,
     topk_tail_stats,
 )
-from sead_kernels.split_kl.entropy_state import merge_entropy
-from sead_kernels.split_kl.testing import SMALL_TILES, Problem, make_problem, merged_state, relative_error
+from sead_kernels.split_kl.testing import (
+    SMALL_TILES,
+    Problem,
+    make_problem,
+    merged_entropy,
+    merged_state,
+    relative_error,
+)
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -51,20 +57,9 @@ def dense_tail_loss(
 def student_pass(
     problem: Problem, target: TopKTarget, ranks: int, temperature: float, tiles: TileOptions
 ) -> EntropyStats:
-    merged = None
-    for rank in range(ranks):
-        local, shard = problem.local(rank, ranks)
-        part = linear_entropy(
-            local.student_hidden,
-            local.student_weight,
-            local.labels,
-            shard=shard,
-            temperature=temperature,
-            gather_ids=target.ids,
-            options=tiles,
-        )
-        merged = part if merged is None else merge_entropy(merged, part)
-    assert merged is not None
+    merged = merged_entropy(
+        problem, ranks, model="student", temperature=temperature, gather_ids=target.ids, options=tiles
+    )
     return finalize_entropy(merged, problem.valid)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -15,12 +16,14 @@ from torch.utils._pytree import tree_leaves
 from .api import linear_entropy, linear_stats
 from .backends import BACKENDS
 from .cuda import CudaTiles
-from .entropy_state import finalize_entropy
+from .entropy_state import EntropyState, finalize_entropy, merge_entropy
 from .loss import split_kl_loss
 from .state import merge
+from .tail_loss import topk_tail_loss
 from .tensor_parallel import merge_tp
 from .tile_loop import TiledBackend
 from .tiling import TileOptions, VocabShard
+from .topk_tail import TopKTarget
 
 EMULATED = "cuda-emulated"
 
@@ -122,14 +125,57 @@ def merged_state(
     problem: Problem, ranks: int, *, temperature: float = 1.0, options: TileOptions = SMALL_TILES
 ) -> Tensor:
     """The state over all shards, folded in rank order in this process."""
-    states = []
-    for rank in range(ranks):
-        local, shard = problem.local(rank, ranks)
-        states.append(linear_stats(*local.inputs(), shard=shard, temperature=temperature, options=options))
-    merged = states[0]
-    for state in states[1:]:
-        merged = merge(merged, state)
-    return merged
+    shards = [problem.local(rank, ranks) for rank in range(ranks)]
+    parts = [
+        linear_stats(*local.inputs(), shard=shard, temperature=temperature, options=options)
+        for local, shard in shards
+    ]
+    return functools.reduce(merge, parts)
+
+
+def merged_entropy(
+    problem: Problem,
+    ranks: int,
+    *,
+    model: Literal["student", "teacher"] = "teacher",
+    temperature: float = 1.0,
+    topk: int = 0,
+    gather_ids: Tensor | None = None,
+    options: TileOptions = SMALL_TILES,
+) -> EntropyState:
+    """As :func:`merged_state`, of one model."""
+    shards = [problem.local(rank, ranks) for rank in range(ranks)]
+    parts = [
+        linear_entropy(
+            getattr(local, f"{model}_hidden"),
+            getattr(local, f"{model}_weight"),
+            local.labels,
+            shard=shard,
+            temperature=temperature,
+            topk=topk,
+            gather_ids=gather_ids,
+            options=options,
+        )
+        for local, shard in shards
+    ]
+    return functools.reduce(merge_entropy, parts)
+
+
+def tail_loss_on_own_topk(
+    problem: Problem, hidden: Tensor, weight: Tensor, *, topk: int, options: TileOptions
+) -> Tensor:
+    """The loss on the top-k that the same backend finds in the teacher; ``hidden``, ``weight``: student leaves."""
+    teacher = merged_entropy(problem, 1, topk=topk, options=options)
+    return topk_tail_loss(
+        hidden,
+        weight,
+        TopKTarget.of(finalize_entropy(teacher, problem.valid)),
+        problem.labels,
+        problem.coefficients,
+        shard=problem.shard(),
+        tp_group=None,
+        options=options,
+    ).loss
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

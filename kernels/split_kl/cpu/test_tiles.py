@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from sead_kernels.split_kl.cpu import CpuTiles
@@ -13,13 +11,6 @@ from torch import Tensor
 REASON = CpuTiles().unavailable(torch.device("cpu"), torch.float32)
 if REASON is not None:
     pytest.skip(f"backend cpu: {REASON}", allow_module_level=True)
-
-
-@pytest.fixture(autouse=True)
-def restored_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def padded(rows: int, width: int, seed: int) -> Tensor:

@@ -14,7 +14,6 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -22,17 +21,14 @@ import torch
 from sead_kernels.split_kl import (
     BACKENDS,
     TileOptions,
-    TopKTarget,
     VocabShard,
     finalize,
-    finalize_entropy,
     linear_entropy,
     linear_split_kl_grads,
     linear_stats,
-    topk_tail_loss,
 )
 from sead_kernels.split_kl.api import linear_support_grads
-from sead_kernels.split_kl.entropy_state import EntropyState, merge_entropy
+from sead_kernels.split_kl.entropy_state import EntropyState
 from sead_kernels.split_kl.reference import dense_gradients, dense_stats
 from sead_kernels.split_kl.state import SENTINEL, TokenStats, empty_state
 from sead_kernels.split_kl.support import SupportGradient
@@ -40,8 +36,10 @@ from sead_kernels.split_kl.testing import (
     LargestOutput,
     Problem,
     make_problem,
+    merged_entropy,
     merged_state,
     relative_error,
+    tail_loss_on_own_topk,
 )
 from sead_kernels.split_kl.topk import NO_ID
 from sead_kernels.split_kl.triton import TritonBackend
@@ -61,14 +59,6 @@ GRADIENT_TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (2.1e-3, 3.9e
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed (pip install triton)"
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class TestOutside:
@@ -156,20 +146,8 @@ def assert_close_stats(actual: TokenStats, expected: TokenStats) -> None:
         assert error <= 1e-5, f"{name}: {error:.2e}"
 
 
-def merged_entropy(problem: Problem, ranks: int, topk: int, gather_ids: Tensor | None = None) -> EntropyState:
-    parts = []
-    for rank in range(ranks):
-        local, shard = problem.local(rank, ranks)
-        operands = local.teacher_hidden, local.teacher_weight, local.labels
-        parts.append(
-            linear_entropy(
-                *operands, shard=shard, temperature=0.7, topk=topk, gather_ids=gather_ids, options=OPTIONS
-            )
-        )
-    merged = parts[0]
-    for part in parts[1:]:
-        merged = merge_entropy(merged, part)
-    return merged
+def merged_teacher(problem: Problem, ranks: int, topk: int, gather_ids: Tensor | None = None) -> EntropyState:
+    return merged_entropy(problem, ranks, temperature=0.7, topk=topk, gather_ids=gather_ids, options=OPTIONS)
 
 
 def teacher_logits(problem: Problem) -> Tensor:
@@ -266,7 +244,7 @@ class TestKernels:
     )
     def test_entropy_and_topk(self, dtype: torch.dtype, ranks: int, topk: int) -> None:
         problem = problem_of(dtype, tokens=13)
-        state = merged_entropy(problem, ranks, topk)
+        state = merged_teacher(problem, ranks, topk)
         expected = dense_stats(*problem.inputs(), valid=problem.valid, temperature=0.7)
         m, s, u, z_y = state.rows
         assert float((m + s.log() - expected.teacher_lse).abs().max()) <= 1e-5
@@ -287,7 +265,7 @@ class TestKernels:
         """With a vocabulary tile as wide as the shipped one: a tile is sorted for its K largest."""
         monkeypatch.setitem(BACKENDS, "triton", TritonBackend(tile=Tile(16, 128, 32)))
         problem = problem_of(FLOAT32, tokens=5, valid=301, padded=304)
-        state = merged_entropy(problem, 1, topk)
+        state = merged_teacher(problem, 1, topk)
         logits, ids = teacher_logits(problem).topk(topk)
         assert state.topk_ids is not None and state.topk_logits is not None
         assert torch.equal(state.topk_ids, ids)
@@ -309,27 +287,10 @@ class TestKernels:
                 problem.student_hidden.clone().requires_grad_(),
             )
             with LargestOutput() as largest:
-                teacher = linear_entropy(
-                    problem.teacher_hidden,
-                    problem.teacher_weight,
-                    problem.labels,
-                    shard=problem.shard(),
-                    topk=8,
-                    options=options,
-                )
-                output = topk_tail_loss(
-                    hidden,
-                    weight,
-                    TopKTarget.of(finalize_entropy(teacher, problem.valid)),
-                    problem.labels,
-                    problem.coefficients,
-                    shard=problem.shard(),
-                    tp_group=None,
-                    options=options,
-                )
-                output.loss.backward()
+                loss = tail_loss_on_own_topk(problem, hidden, weight, topk=8, options=options)
+                loss.backward()
             assert largest.numel < 40 * 1000 / 8
-            results.append((output.loss.detach(), hidden.grad, weight.grad))
+            results.append((loss.detach(), hidden.grad, weight.grad))
         for ours, expected in zip(*results, strict=True):
             assert ours is not None and expected is not None
             assert relative_error(ours, expected) <= 1e-5
@@ -344,7 +305,7 @@ class TestKernels:
         problem = replace(
             problem, teacher_hidden=hidden, teacher_weight=rows.repeat(15, 1)[:144].contiguous()
         )
-        state = merged_entropy(problem, ranks, 16)
+        state = merged_teacher(problem, ranks, 16)
         # The float64 logits of equal rows are equal.
         order = teacher_logits(problem).sort(dim=1, descending=True, stable=True).indices
         assert state.topk_ids is not None
@@ -369,7 +330,7 @@ class TestKernels:
         generator = torch.Generator().manual_seed(3)
         ids = torch.randint(-4, 140, (19, 9), generator=generator)
         ids[0, 0], ids[1, 8] = NO_ID, problem.valid - 1
-        state = merged_entropy(problem, 2, 0, ids)
+        state = merged_teacher(problem, 2, 0, ids)
         logits = torch.nn.functional.pad(teacher_logits(problem), (0, 1))
         is_nobody = (ids < 0) | (ids >= problem.valid)
         expected = logits.gather(1, ids.masked_fill(is_nobody, problem.valid))
