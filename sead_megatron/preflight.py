@@ -20,8 +20,9 @@ from sead_megatron.config import TrainConfig
 from sead_megatron.data.tokenised import evaluation_prompts, training_prompts
 from sead_megatron.data.types import Prompt
 from sead_megatron.errors import UserError
-from sead_megatron.models.family import Family
-from sead_megatron.models.hf_config import HFConfig, read_hf_config
+from sead_megatron.models.architecture import HFConfig
+from sead_megatron.models.family import WeightMap, is_ignored
+from sead_megatron.models.hf_config import read_hf_config
 from sead_megatron.models.registry import FAMILIES
 from sead_megatron.models.safetensors_index import check_tensors, read_index
 from sead_megatron.models.tokenizer import load_tokenizer
@@ -128,13 +129,8 @@ def _check_run(config: TrainConfig) -> None:
 
 
 def _check_weights(directory: str, config: HFConfig) -> None:
-    family: Family = FAMILIES[config.architecture]
-
-    def is_ignored(name: str) -> bool:
-        is_tied_copy = config.tie_word_embeddings and name == "lm_head.weight"
-        return is_tied_copy or family.ignored_hf_names.fullmatch(name) is not None
-
-    check_tensors(read_index(directory), family.hf_shapes(config), is_ignored)
+    expected = WeightMap(FAMILIES[config.architecture], config).hf_shapes()
+    check_tensors(read_index(directory), expected, lambda name: is_ignored(config, name))
 
 
 def _check_prompts(config: TrainConfig, vocab_size: int) -> None:

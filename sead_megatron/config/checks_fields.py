@@ -3,7 +3,8 @@
 from sead_megatron.config.objective import SeadObjective
 from sead_megatron.config.schema import TrainConfig
 from sead_megatron.errors import UserError
-from sead_megatron.models.hf_config import HFConfig
+from sead_megatron.models.architecture import HFConfig
+from sead_megatron.models.registry import FAMILIES
 
 
 def check_fields(config: TrainConfig) -> None:
@@ -28,6 +29,10 @@ def check_model_limits(config: TrainConfig, student: HFConfig, teacher: HFConfig
                 f"must be at most the {name}'s max_position_embeddings ({model.max_position_embeddings})",
                 "shorten it, and rollout.max_new_tokens with it",
             )
+    if (reason := FAMILIES[student.architecture].engine_limit(student)) is not None:
+        raise UserError(
+            "student.path", config.student.path, f"vLLM cannot serve it: {reason}", "use another student"
+        )
     objective = config.objective
     if (
         isinstance(objective, SeadObjective)

@@ -2,7 +2,7 @@
 
 from sead_megatron.config.schema import ParallelConfig, TrainConfig
 from sead_megatron.errors import UserError, alternatives
-from sead_megatron.models.hf_config import HFConfig
+from sead_megatron.models.architecture import HFConfig
 from sead_megatron.parallel.layout import Layout, check_nested
 
 
@@ -26,27 +26,24 @@ def _divisors(number: int) -> list[int]:
 
 def _model_layout(what: str, parallel: ParallelConfig, model: HFConfig, world_size: int) -> Layout:
     tensor, pipeline = parallel.tensor, parallel.pipeline
-    dimensions = {
-        "num_attention_heads": model.num_attention_heads,
-        "num_key_value_heads": model.num_key_value_heads,
-        "intermediate_size": model.ffn_hidden_size,
-    }
-    possible = [size for size in _divisors(model.num_key_value_heads) if model.ffn_hidden_size % size == 0]
-    for name, dimension in dimensions.items():
+    dimensions = _cut_dimensions(model)
+    possible = [
+        size
+        for size in _divisors(model.num_attention_heads)
+        if all(dimension % size == 0 for _, dimension in dimensions)
+    ]
+    for name, dimension in dimensions:
         if dimension % tensor:
             raise UserError(
                 f"{what}.tensor", tensor, f"must divide {name} ({dimension})", f"use {alternatives(possible)}"
             )
-    if model.num_layers % pipeline:
-        raise UserError(
-            f"{what}.pipeline",
-            pipeline,
-            f"must divide num_hidden_layers ({model.num_layers})",
-            f"use {alternatives(_divisors(model.num_layers))}",
-        )
+    _check_stages(what, parallel, model)
     if world_size % (tensor * pipeline):
         blocks = [
-            f"{t} x {p}" for t in possible for p in _divisors(model.num_layers) if world_size % (t * p) == 0
+            f"{t} x {p}"
+            for t in possible
+            for p in _divisors(world_size)
+            if p <= model.num_layers and world_size % (t * p) == 0
         ]
         raise UserError(
             f"{what} tensor * pipeline",
@@ -59,18 +56,48 @@ def _model_layout(what: str, parallel: ParallelConfig, model: HFConfig, world_si
     return Layout(tensor, pipeline, world_size)
 
 
+def _cut_dimensions(model: HFConfig) -> list[tuple[str, int]]:
+    """What tensor parallelism cuts, by the name in config.json; layers of Nemotron-NAS differ in it."""
+    return [
+        ("num_attention_heads", model.num_attention_heads),
+        *(("num_key_value_heads", heads) for heads in model.key_value_heads),
+        *(("intermediate_size", width) for width in model.ffn_hidden_sizes),
+        ("hidden_size", model.hidden_size),
+    ]
+
+
+def _check_stages(what: str, parallel: ParallelConfig, model: HFConfig) -> None:
+    if parallel.pipeline > model.num_layers:
+        raise UserError(
+            f"{what}.pipeline",
+            parallel.pipeline,
+            f"must be at most num_hidden_layers ({model.num_layers}): every stage holds a layer",
+            f"use at most {model.num_layers}",
+        )
+    stages = parallel.stages
+    if stages is not None and (len(stages) != parallel.pipeline or sum(stages) != model.num_layers):
+        raise UserError(
+            f"{what}.stages",
+            stages,
+            f"must be {parallel.pipeline} numbers that add up to num_hidden_layers ({model.num_layers})",
+            "leave it out: stages are then balanced by parameters",
+        )
+
+
 def _check_engine(tensor: int, student: HFConfig, world_size: int) -> None:
     """vLLM's rules: heads and FFN are cut evenly; KV heads are cut evenly, or each is held by several
     ranks."""
-    heads, key_value_heads = student.num_attention_heads, student.num_key_value_heads
+    heads = student.num_attention_heads
+
+    def cuts_key_value_heads(size: int) -> bool:
+        return all(count % size == 0 or size % count == 0 for count in student.key_value_heads)
+
+    def uncut_widths(size: int) -> list[int]:
+        return [width for width in student.ffn_hidden_sizes if width % size]
 
     def fits(size: int) -> bool:
-        return (
-            world_size % size == 0
-            and heads % size == 0
-            and student.ffn_hidden_size % size == 0
-            and (key_value_heads % size == 0 or size % key_value_heads == 0)
-        )
+        whole = world_size % size == 0 and heads % size == 0
+        return whole and not uncut_widths(size) and cuts_key_value_heads(size)
 
     if fits(tensor):
         return
@@ -78,11 +105,12 @@ def _check_engine(tensor: int, student: HFConfig, world_size: int) -> None:
         constraint = f"must divide the world size ({world_size})"
     elif heads % tensor:
         constraint = f"must divide the student's num_attention_heads ({heads})"
-    elif student.ffn_hidden_size % tensor:
-        constraint = f"must divide the student's intermediate_size ({student.ffn_hidden_size})"
+    elif uncut_widths(tensor):
+        constraint = f"must divide the student's intermediate_size ({uncut_widths(tensor)[0]})"
     else:
+        heads_of_layers = alternatives(list(student.key_value_heads))
         constraint = (
-            f"must divide the student's num_key_value_heads ({key_value_heads}) or be a multiple of it"
+            f"must divide the student's num_key_value_heads ({heads_of_layers}) or be a multiple of it"
         )
     raise UserError(
         "rollout.tensor_parallel",

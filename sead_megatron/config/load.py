@@ -21,6 +21,8 @@ _CONSTRAINTS = {
     "float_type": "must be a number",
     "bool_type": "must be true or false",
     "string_type": "must be text",
+    "list_type": "must be a list",
+    "too_short": "must not be empty",
     "string_too_short": "must not be empty",
     "finite_number": "must be finite",
     "model_type": _SECTION,

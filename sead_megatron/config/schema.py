@@ -24,7 +24,9 @@ class ParallelConfig(Section):
     tensor: PositiveInt = 1
     """Tensor-parallel size: every matrix is cut over this many ranks."""
     pipeline: PositiveInt = 1
-    """Pipeline-parallel size: the layers are cut into this many stages of equal length."""
+    """Pipeline-parallel size: the layers are cut into this many stages."""
+    stages: list[PositiveInt] | None = Field(default=None, examples=[[16, 16]])
+    """Layers of each pipeline stage. Default: stages of about equally many parameters."""
     sequence: bool | None = Field(default=None, examples=[True])
     """Sequence parallelism (needs tensor > 1). Default: on when tensor > 1."""
 

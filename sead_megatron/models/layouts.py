@@ -2,19 +2,25 @@
 
 Each operation reads this rank's shard from a checkpoint without touching the rest of it, and merges all
 shards back into the Hugging Face tensors, bit for bit. One table of them per model family serves load,
-export and the per-step weight sync.
+export and the per-step weight sync. Torch-free to import: the tables also say what a checkpoint must hold.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
-from torch import Tensor
+from sead_megatron.models.architecture import HFConfig
 
-from sead_megatron.models.hf_config import HFConfig
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def _cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+    import torch
+
+    return torch.cat(list(tensors), dim)
 
 
 class TensorSource(Protocol):
@@ -74,7 +80,7 @@ class Split:
         return source.read(names[0], self.dim, rank * width, (rank + 1) * width)
 
     def merge(self, shards: Sequence[Tensor], config: HFConfig) -> list[Tensor]:
-        return [torch.cat(list(shards), self.dim)]
+        return [_cat(shards, self.dim)]
 
 
 class Vocabulary:
@@ -89,10 +95,10 @@ class Vocabulary:
         start, stop = (min(r * local_shape[0], stored) for r in (rank, rank + 1))
         rows = source.read(names[0], 0, start, stop)
         padding = local_shape[0] - rows.shape[0]
-        return torch.nn.functional.pad(rows, (0, 0, 0, padding)) if padding else rows
+        return _cat([rows, rows.new_zeros(padding, *rows.shape[1:])]) if padding else rows
 
     def merge(self, shards: Sequence[Tensor], config: HFConfig) -> list[Tensor]:
-        return [torch.cat(list(shards))[: config.vocab_size].clone()]
+        return [_cat(shards)[: config.vocab_size].clone()]
 
 
 class GateUp:
@@ -104,11 +110,11 @@ class GateUp:
         self, source: TensorSource, names: Sequence[str], rank: int, size: int, local_shape: Sequence[int]
     ) -> Tensor:
         width = local_shape[0] // 2
-        return torch.cat([source.read(name, 0, rank * width, (rank + 1) * width) for name in names])
+        return _cat([source.read(name, 0, rank * width, (rank + 1) * width) for name in names])
 
     def merge(self, shards: Sequence[Tensor], config: HFConfig) -> list[Tensor]:
         halves = [shard.chunk(2) for shard in shards]
-        return [torch.cat(parts) for parts in zip(*halves, strict=True)]
+        return [_cat(parts) for parts in zip(*halves, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -131,10 +137,10 @@ class GroupedQKV:
             rows = source.shape(name)[0] // size
             part = source.read(name, 0, rank * rows, (rank + 1) * rows)
             parts.append(part.reshape(groups, -1, *part.shape[1:]))
-        return torch.cat(parts, dim=1).flatten(0, 1)
+        return _cat(parts, dim=1).flatten(0, 1)
 
     def merge(self, shards: Sequence[Tensor], config: HFConfig) -> list[Tensor]:
-        full = torch.cat(list(shards))
+        full = _cat(shards)
         groups = (full.shape[0] // self.head_dim - self.num_heads) // 2
         heads_per_group = self.num_heads // groups
         grouped = full.reshape(groups, (heads_per_group + 2) * self.head_dim, *full.shape[1:])

@@ -12,8 +12,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from sead_megatron.errors import UserError
+from sead_megatron.models.architecture import HFConfig
 from sead_megatron.models.build import BuiltModel, padded_vocab_size
-from sead_megatron.models.hf_config import HFConfig
 from sead_megatron.models.layouts import Vocabulary
 from sead_megatron.models.safetensors_index import SafetensorsIndex, read_index
 from sead_megatron.parallel.groups import ParallelGroups

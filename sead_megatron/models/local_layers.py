@@ -10,10 +10,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -100,12 +98,3 @@ def _window_of_layer(config: TransformerConfig, layer_number: int) -> int | None
     if isinstance(skip, list) and not skip[layer_number - 1]:
         return None
     return int(config.window_size[0]) + 1
-
-
-def local_layer_spec() -> ModuleSpec:
-    """Megatron's local layer spec with the two layers above put in."""
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
-    spec.submodules.input_layernorm = LocalRMSNorm
-    spec.submodules.pre_mlp_layernorm = LocalRMSNorm
-    spec.submodules.self_attention.submodules.core_attention = SDPACoreAttention
-    return spec

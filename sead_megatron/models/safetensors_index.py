@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sead_megatron.errors import UserError, alternatives
-from sead_megatron.models.hf_config import read_json_object
+from sead_megatron.models.config_reader import read_json_object
 
 _ITEM_BYTES = {
     **dict.fromkeys(("F64", "I64", "U64"), 8),

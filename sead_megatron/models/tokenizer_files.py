@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from sead_megatron.errors import UserError
-from sead_megatron.models.hf_config import read_json_object
+from sead_megatron.models.config_reader import read_json_object
 
 TOKENIZER_JSON = "tokenizer.json"
 SENTENCEPIECE_MODEL = "tokenizer.model"

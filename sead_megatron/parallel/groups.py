@@ -100,5 +100,11 @@ def teacher_groups(layout: Layout) -> ParallelGroups:
 
 
 def destroy_groups() -> None:
-    """Forgets the student's groups (tests build several layouts in one process)."""
+    """Destroys every group but the world's (tests build several layouts in one process).
+
+    Megatron only forgets its groups: the connections and threads of gloo groups stay and pile up.
+    """
     parallel_state.destroy_model_parallel()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)

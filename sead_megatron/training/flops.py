@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import repeat
+
 import torch
 
-from sead_megatron.models.hf_config import HFConfig
+from sead_megatron.models.architecture import HFConfig, LayerConfig
 
 # Dense bf16 tensor-core peaks, FLOP/s, from NVIDIA's data sheets; a device that is not listed has no MFU.
 _PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}
@@ -12,11 +14,14 @@ _PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}
 
 def matmul_parameters(config: HFConfig) -> int:
     """Weights that a token is multiplied with: all matrices but the input embedding."""
-    attention = (
-        config.hidden_size * config.head_dim * 2 * (config.num_attention_heads + config.num_key_value_heads)
-    )
-    mlp = 3 * config.hidden_size * config.ffn_hidden_size
-    return config.num_layers * (attention + mlp) + config.vocab_size * config.hidden_size
+    return sum(map(_layer_matrices, repeat(config), config.layers)) + config.vocab_size * config.hidden_size
+
+
+def _layer_matrices(config: HFConfig, layer: LayerConfig) -> int:
+    heads = 2 * (config.num_attention_heads + layer.num_key_value_heads) if layer.has_attention else 0
+    squares = (layer.attention == "linear") + (layer.mlp == "linear")
+    widths = heads * config.head_dim + 3 * layer.ffn_hidden_size + squares * config.hidden_size
+    return config.hidden_size * widths
 
 
 def step_flops(student: HFConfig, teacher: HFConfig, tokens: int) -> float:

@@ -51,6 +51,7 @@ def build_models(config: TrainConfig, device: torch.device) -> Models:
         trainable=True,
         sequence_parallel=config.student.parallel.sequence_parallel,
         recompute=config.student.recompute == "full",
+        stages=config.student.parallel.stages,
     )
     load_weights(student_model, config.student.path)
     teacher_model = build_model(
@@ -60,6 +61,7 @@ def build_models(config: TrainConfig, device: torch.device) -> Models:
         on_cpu=on_cpu,
         trainable=False,
         sequence_parallel=config.teacher.parallel.sequence_parallel,
+        stages=config.teacher.parallel.stages,
     )
     load_weights(teacher_model, config.teacher.path)
     teacher_output = (

@@ -12,8 +12,8 @@ from sead_kernels.split_kl import TileOptions, VocabShard, finalize_entropy, lin
 from torch import Tensor
 
 from sead_megatron.data.packing import PackedRow, build_row, pack_rows
+from sead_megatron.models.architecture import HFConfig
 from sead_megatron.models.build import BuiltModel
-from sead_megatron.models.hf_config import HFConfig
 from sead_megatron.parallel.groups import ParallelGroups
 from sead_megatron.parallel.layout import Layout
 from sead_megatron.training.pipeline import forward_row, response_rows, row_multiple, run_rows

@@ -48,11 +48,15 @@ def test_what_passes(good: Path) -> None:
         (8, ["student.parallel.tensor=8"],
          "student.parallel.tensor = 8: must divide num_key_value_heads (4); use 1, 2 or 4"),
         (8, ["teacher.parallel.pipeline=8"],
-         "teacher.parallel.pipeline = 8: must divide num_hidden_layers (4); use 1, 2 or 4"),
+         "teacher.parallel.pipeline = 8: must be at most num_hidden_layers (4): every stage holds a layer; use at most "
+         "4"),
+        (4, ["teacher.parallel.pipeline=2", "teacher.parallel.stages=[1, 2]"],
+         "teacher.parallel.stages = [1, 2]: must be 2 numbers that add up to num_hidden_layers (4); leave it out: "
+         "stages are then balanced by parameters"),
         (6, ["student.parallel.tensor=4"],
          "student.parallel tensor * pipeline = 4: must divide the world size (6); launch a multiple of 4 "
          "processes, "
-         "or use 1 x 1, 1 x 2 or 2 x 1"),
+         "or use 1 x 1, 1 x 2, 1 x 3, 2 x 1 or 2 x 3"),
         (4, ["student.parallel.sequence=true"],
          "student.parallel.sequence = true: needs tensor > 1; leave it out or raise tensor"),
         (4, ["rollout.tensor_parallel=3"],
@@ -223,5 +227,5 @@ def test_unsupported_architecture(good: Path, tmp_path: Path) -> None:
     teacher = write_model(tmp_path / "teacher", architectures=["GPT2LMHeadModel"])
     assert mistake(good, 1, f"teacher.path={teacher}") == (
         f'{teacher}/config.json: architectures = ["GPT2LMHeadModel"]: not a supported architecture; '
-        "use a model of LlamaForCausalLM"
+        "use a model of LlamaForCausalLM, DeciLMForCausalLM, Olmo3ForCausalLM or Qwen3ForCausalLM"
     )

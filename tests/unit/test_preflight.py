@@ -15,7 +15,7 @@ import sead_megatron
 from sead_megatron import preflight as stage
 from sead_megatron.config import load_config
 from sead_megatron.errors import UserError
-from sead_megatron.models.family import DECODER_LAYER, HF_LAYER
+from sead_megatron.models.family import WeightMap
 from sead_megatron.models.hf_config import read_hf_config
 from sead_megatron.models.llama import LLAMA
 from sead_megatron.run_directory import RunDirectory
@@ -70,18 +70,8 @@ def test_shapes_are_those_of_transformers(tmp_path: Path, tied: bool) -> None:
     theirs = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if tied:
         assert theirs.pop("lm_head.weight") == (50, 48)
-    assert LLAMA.hf_shapes(read_hf_config(tmp_path)) == theirs
+    assert WeightMap(LLAMA, read_hf_config(tmp_path)).hf_shapes() == theirs
     assert len(theirs) == 30 - tied
-
-
-def test_the_weight_table_reads_exactly_these_tensors(tmp_path: Path) -> None:
-    config = read_hf_config(write_model(tmp_path))
-    read = set()
-    for parameter, (_, names) in LLAMA.weight_table(config).items():
-        layers = range(config.num_layers) if parameter.startswith(DECODER_LAYER) else range(1)
-        assert all(name.startswith(HF_LAYER) for name in names) == parameter.startswith(DECODER_LAYER)
-        read |= {name.format(layer) for layer in layers for name in names}
-    assert read == set(LLAMA.hf_shapes(config))
 
 
 UP = "model.layers.2.mlp.up_proj.weight"
