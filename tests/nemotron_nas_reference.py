@@ -23,7 +23,7 @@ def write_random(directory: Path, config: dict[str, Any], seed: int, scale: floa
     for name, shape in shapes(config).items():
         noise = torch.randn(shape, generator=generator)
         tensors[name] = 1 + 0.3 * noise if "norm" in name else scale * noise
-    directory.mkdir(parents=True)
+    directory.mkdir(parents=True, exist_ok=True)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     (directory / "config.json").write_text(json.dumps(config))
     return directory

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from sead_megatron.config.checks_fields import check_fields, check_model_limits
 from sead_megatron.config.checks_inputs import check_inputs
 from sead_megatron.config.checks_layout import check_layouts
+from sead_megatron.config.checks_precision import check_precision
 from sead_megatron.config.schema import TrainConfig
 from sead_megatron.models.hf_config import read_hf_config
 from sead_megatron.parallel.layout import Layout
@@ -43,6 +44,7 @@ def check_config(config: TrainConfig, world_size: int) -> CheckedRun:
     student = read_hf_config(config.student.path, "student.path")
     teacher = read_hf_config(config.teacher.path, "teacher.path")
     check_model_limits(config, student, teacher)
+    check_precision(config, student, teacher)
     student_layout, teacher_layout = check_layouts(config, world_size, student, teacher)
     prompts = check_inputs(config)
     return CheckedRun(

@@ -41,8 +41,6 @@ class StudentConfig(Section):
 
     path: Name = Field(examples=["models/student"])
     """Hugging Face directory (config.json, *.safetensors) that training starts from."""
-    dtype: DType = "bfloat16"
-    """Type of parameters and activations; with bfloat16 the optimizer keeps float32 master weights."""
     parallel: ParallelConfig = ParallelConfig()
     """Layout of the student."""
     recompute: Literal["none", "full"] = "none"
@@ -54,12 +52,35 @@ class TeacherConfig(Section):
 
     path: Name = Field(examples=["models/teacher"])
     """Hugging Face directory of the teacher."""
-    dtype: DType = "bfloat16"
-    """Type of parameters and activations."""
     parallel: ParallelConfig = ParallelConfig()
     """Layout of the teacher over the same ranks; its blocks must nest with the student's."""
+    yarn_layers: Literal["full_attention", "all"] = "full_attention"
+    """Layers of an OLMo-3 teacher whose rotary embedding YaRN scales: those of full attention, as it was trained, or
+    all, as some versions of transformers compute it."""
     offload_hidden: bool = False
     """Keep the teacher's hidden states in host memory until their microbatch needs them."""
+
+
+FP8_RECIPES = {"fp8_tensorwise": "tensorwise", "fp8_blockwise": "blockwise", "fp8_mxfp8": "mxfp8"}
+"""Precisions with FP8 GEMMs, and Megatron-core's names of their recipes."""
+
+
+class PrecisionConfig(Section):
+    """Number formats of both models. Everything FP8 needs a GPU and Transformer Engine, `modelopt_fp8` ModelOpt."""
+
+    student: Literal["bfloat16", "float32", "fp8_tensorwise", "fp8_blockwise", "fp8_mxfp8"] = "bfloat16"
+    """Format of the student. With bfloat16 and FP8, parameters are bfloat16 and the optimizer keeps float32 masters;
+    FP8 multiplies in E4M3 with one scale a tensor (`fp8_tensorwise`), one a 128 x 128 or 1 x 128 block
+    (`fp8_blockwise`, Hopper) or one for 32 elements (`fp8_mxfp8`, Blackwell)."""
+    teacher: Literal[
+        "bfloat16", "float32", "fp8_tensorwise", "fp8_blockwise", "fp8_mxfp8", "modelopt_fp8"
+    ] = "bfloat16"
+    """Format of the teacher. With FP8 it keeps its linear weights in FP8 only, half of bfloat16's memory.
+    `modelopt_fp8`: simulated per-tensor FP8, calibrated on training prompts; runs anywhere and saves no memory."""
+    first_last_bfloat16: bool = True
+    """Keep the first and the last decoder layer of each model in bfloat16 when the others are FP8."""
+    calibration_prompts: PositiveInt = 32
+    """Training prompts that `modelopt_fp8` is calibrated on."""
 
 
 class DataConfig(Section):
@@ -111,7 +132,10 @@ class RolloutConfig(Section):
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Share of the GPU's memory for the engine, its weights included; the trainer needs the rest."""
     dtype: DType | None = Field(default=None, examples=["bfloat16"])
-    """Type of the engine's weights. Default: `student.dtype`."""
+    """Type of the engine's weights. Default: the student's (bfloat16 with FP8)."""
+    quantization: Literal["none", "fp8"] = "none"
+    """`fp8`: vLLM multiplies in FP8 (CUDA only), re-quantised from the student's weights in every step. The engine's
+    distribution then differs from the trainer's: watch `rollout/logprob_diff_mean`."""
     enforce_eager: bool | None = Field(default=None, examples=[True])
     """Do not capture CUDA graphs. Default: true on the CPU, false on CUDA."""
     sync_bucket_mib: PositiveInt = 256
@@ -242,6 +266,8 @@ class TrainConfig(Section):
     """The model that is trained."""
     teacher: TeacherConfig
     """The model that scores."""
+    precision: PrecisionConfig = PrecisionConfig()
+    """Number formats of both models."""
     data: DataConfig
     """Training prompts."""
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -271,7 +297,7 @@ class TrainConfig(Section):
     @property
     def rollout_dtype(self) -> DType:
         """`rollout.dtype` with its default applied."""
-        return self.rollout.dtype or self.student.dtype
+        return self.rollout.dtype or ("float32" if self.precision.student == "float32" else "bfloat16")
 
     @property
     def evaluation_max_new_tokens(self) -> int:

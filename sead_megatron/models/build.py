@@ -20,6 +20,7 @@ from sead_megatron.models.architecture import HFConfig, Llama3Rope
 from sead_megatron.models.family import WeightMap
 from sead_megatron.models.layer_specs import block_spec
 from sead_megatron.models.megatron_config import transformer_config
+from sead_megatron.models.precision import Precision
 from sead_megatron.models.registry import FAMILIES
 from sead_megatron.models.stages import stage_layers
 from sead_megatron.parallel.groups import ParallelGroups
@@ -57,6 +58,8 @@ class BuiltModel:
     config: HFConfig
     groups: ParallelGroups
     weights: WeightMap
+    row_multiple: int
+    """What a row's length must be a multiple of: sequence parallelism cuts it evenly, FP8 takes no other shapes."""
 
     @property
     def vocab_start(self) -> int:
@@ -71,7 +74,7 @@ class BuiltModel:
 def build_model(
     config: HFConfig,
     groups: ParallelGroups,
-    dtype: torch.dtype,
+    precision: Precision,
     *,
     on_cpu: bool,
     trainable: bool,
@@ -86,25 +89,33 @@ def build_model(
     """
     stages = stage_layers(config, groups.layout.pipeline, stages)
     megatron = transformer_config(
-        config, groups, dtype, stages, on_cpu=on_cpu, sequence_parallel=sequence_parallel, recompute=recompute
+        config,
+        groups,
+        precision,
+        stages,
+        on_cpu=on_cpu,
+        sequence_parallel=sequence_parallel,
+        recompute=recompute,
     )
     offset = sum(stages[: groups.pp_rank])
     layers = range(offset, offset + stages[groups.pp_rank])
     scaling = config.rope.scaling
-    module = HiddenStateModel(
-        megatron,
-        block_spec(config, megatron, groups.collection, layers, on_cpu=on_cpu),
-        vocab_size=padded_vocab_size(config.vocab_size, groups.layout.tensor),
-        max_sequence_length=config.max_position_embeddings,
-        pre_process=groups.is_first_stage,
-        post_process=groups.is_last_stage,
-        share_embeddings_and_output_weights=config.tie_word_embeddings and trainable,
-        position_embedding_type="rope",
-        rotary_base=config.rope.theta,
-        rope_scaling=isinstance(scaling, Llama3Rope),
-        rope_scaling_factor=scaling.factor if isinstance(scaling, Llama3Rope) else 1.0,
-        pg_collection=groups.collection,
-    )
+    # Without gradients Transformer Engine keeps no transposed copy of FP8 weights (its pull request 1847).
+    with torch.set_grad_enabled(trainable):
+        module = HiddenStateModel(
+            megatron,
+            block_spec(config, megatron, groups.collection, layers, on_cpu=on_cpu),
+            vocab_size=padded_vocab_size(config.vocab_size, groups.layout.tensor),
+            max_sequence_length=config.max_position_embeddings,
+            pre_process=groups.is_first_stage,
+            post_process=groups.is_last_stage,
+            share_embeddings_and_output_weights=config.tie_word_embeddings and trainable,
+            position_embedding_type="rope",
+            rotary_base=config.rope.theta,
+            rope_scaling=isinstance(scaling, Llama3Rope),
+            rope_scaling_factor=scaling.factor if isinstance(scaling, Llama3Rope) else 1.0,
+            pg_collection=groups.collection,
+        )
     if not trainable:
         module.output_layer = None
         module.requires_grad_(False)
@@ -113,7 +124,8 @@ def build_model(
         module.cuda(torch.cuda.current_device())
     weights = WeightMap(FAMILIES[config.architecture], config, offset)
     _mark_tensor_parallel_parameters(module, weights)
-    return BuiltModel(module, config, groups, weights)
+    multiple = precision.row_multiple * (groups.layout.tensor if sequence_parallel else 1)
+    return BuiltModel(module, config, groups, weights, multiple)
 
 
 def _mark_tensor_parallel_parameters(module: torch.nn.Module, weights: WeightMap) -> None:

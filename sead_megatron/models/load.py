@@ -69,7 +69,8 @@ def load_weights(model: BuiltModel, directory: str | Path) -> None:
                     f"this rank's shard of {name} is {tuple(parameter.shape)}",
                     "make config.json describe the stored tensors",
                 )
-            parameter.copy_(shard)
+            # On the parameter's device first: FP8 parameters quantise what is copied into them.
+            parameter.copy_(shard.to(device=parameter.device, dtype=parameter.dtype))
 
 
 @torch.no_grad()

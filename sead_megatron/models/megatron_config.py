@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from sead_megatron.models.architecture import HFConfig, LayerConfig, YarnRope
+from sead_megatron.models.precision import Precision
 from sead_megatron.models.registry import FAMILIES
 from sead_megatron.parallel.groups import ParallelGroups
 
@@ -91,7 +91,7 @@ def uses_transformer_engine(on_cpu: bool) -> bool:
 def transformer_config(
     config: HFConfig,
     groups: ParallelGroups,
-    dtype: torch.dtype,
+    precision: Precision,
     stages: Sequence[int],
     *,
     on_cpu: bool,
@@ -101,7 +101,7 @@ def transformer_config(
     """Megatron's TransformerConfig of a model on this rank; `stages`: layers of each pipeline stage."""
     layout = groups.layout
     fused = uses_transformer_engine(on_cpu)
-    options: dict[str, Any] = {}
+    options = precision.megatron_options()
     if recompute:
         options |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     if layout.pipeline > 1:
@@ -135,9 +135,6 @@ def transformer_config(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         sequence_parallel=sequence_parallel,
-        pipeline_dtype=dtype,
-        params_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
         # Weights are loaded before the first use: random values would be wasted work.
         perform_initialization=False,
         use_cpu_initialization=on_cpu,

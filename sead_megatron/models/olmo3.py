@@ -3,6 +3,8 @@ sliding window in three of four layers, YaRN on the others."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from sead_megatron.models.architecture import AttentionKind, HFConfig, LayerConfig, Rope
 from sead_megatron.models.config_reader import ConfigReader
 from sead_megatron.models.decoder_weights import attention, gated_mlp, norm
@@ -41,6 +43,11 @@ def _read_rope(reader: ConfigReader) -> Rope:
         constraint = "must be that of full_attention, or default"
         raise sliding.error("rope_type", sliding.raw["rope_type"], constraint, "use another model")
     return Rope(theta, scaling, scales_sliding_layers=scaling is not None and sliding_scaling is not None)
+
+
+def with_yarn_on_all_layers(config: HFConfig) -> HFConfig:
+    """The model as some versions of transformers compute it; the same model where there is no sliding layer."""
+    return replace(config, rope=replace(config.rope, scales_sliding_layers=True))
 
 
 def _layer_weights(config: HFConfig, layer: LayerConfig) -> WeightTable:

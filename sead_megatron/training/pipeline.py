@@ -24,11 +24,6 @@ from sead_megatron.parallel.groups import ParallelGroups
 ForwardStep = Callable[[Iterator[PackedRow], Any], tuple[Tensor, Callable[..., Any]]]
 
 
-def row_multiple(groups: ParallelGroups, sequence_parallel: bool) -> int:
-    """What a row's length must be a multiple of: sequence parallelism cuts it evenly over the TP ranks."""
-    return groups.layout.tensor if sequence_parallel else 1
-
-
 def forward_row(model: Any, row: PackedRow, device: torch.device) -> Tensor:
     """The model's hidden states of one packed row, [S, 1, H] ([S / TP, 1, H] under sequence parallelism)."""
     cu_seqlens = row.cu_seqlens.to(device)

@@ -17,7 +17,7 @@ from sead_megatron.data.packing import PackedRow, build_row, pack_rows
 from sead_megatron.data.types import Coefficients
 from sead_megatron.models.build import BuiltModel
 from sead_megatron.training.optimizer import StudentOptimizer, wrap_for_training
-from sead_megatron.training.pipeline import forward_row, response_rows, row_multiple, run_rows
+from sead_megatron.training.pipeline import forward_row, response_rows, run_rows
 from sead_megatron.training.step_plan import StepPlan
 from sead_megatron.training.teacher import TeacherScores
 from sead_megatron.training.token_columns import share_columns
@@ -158,9 +158,8 @@ class Student:
     def _rows(self, plan: StepPlan) -> list[PackedRow]:
         mine = plan.student[self.model.groups.dp_rank]
         lengths = {i: plan.rollouts[i].length for i in mine}
-        multiple = row_multiple(self.model.groups, self._sequence_parallel)
         return [
-            build_row(row, plan.rollouts, plan.offsets, multiple)
+            build_row(row, plan.rollouts, plan.offsets, self.model.row_multiple)
             for row in pack_rows(lengths, mine, self._max_tokens, self._packing)
         ]
 

@@ -16,7 +16,7 @@ from sead_megatron.models.architecture import HFConfig
 from sead_megatron.models.build import BuiltModel
 from sead_megatron.parallel.groups import ParallelGroups
 from sead_megatron.parallel.layout import Layout
-from sead_megatron.training.pipeline import forward_row, response_rows, row_multiple, run_rows
+from sead_megatron.training.pipeline import forward_row, response_rows, run_rows
 from sead_megatron.training.step_plan import StepPlan
 
 
@@ -84,9 +84,8 @@ class Teacher:
         """Hidden states [n, H_t] of the response tokens of `rollouts` in table order, on the teacher's last stage."""
         groups = self._model.groups
         lengths = {i: plan.rollouts[i].length for i in rollouts}
-        multiple = row_multiple(groups, self._sequence_parallel)
         rows = [
-            build_row(row, plan.rollouts, plan.offsets, multiple)
+            build_row(row, plan.rollouts, plan.offsets, self._model.row_multiple)
             for row in pack_rows(lengths, rollouts, self._max_tokens, self._packing)
         ]
         outputs = run_rows(self._model.module, groups, rows, self._forward_step, train=False) if rows else []

@@ -119,8 +119,8 @@ def test_vanilla_distillation_in_bfloat16(tmp_path: Path) -> None:
         tmp_path,
         steps=2,
         objective={"name": "opd"},
-        student={"dtype": "bfloat16"},
-        teacher={"dtype": "bfloat16", "parallel": {"tensor": 1}},
+        teacher={"parallel": {"tensor": 1}},
+        precision={"student": "bfloat16", "teacher": "bfloat16"},
         evaluation={"prompts": None, "every": 0},
     )
     ended = run_job(config, 1)
@@ -141,8 +141,9 @@ def test_two_ranks_in_every_dtype_and_objective(tmp_path: Path, dtype: str, obje
         tmp_path,
         steps=2,
         objective={"name": objective},
-        student={"dtype": dtype, "parallel": {"tensor": 2}},
-        teacher={"dtype": dtype, "parallel": {"pipeline": 2}},
+        student={"parallel": {"tensor": 2}},
+        teacher={"parallel": {"pipeline": 2}},
+        precision={"student": dtype, "teacher": dtype},
         rollout={"tensor_parallel": 2},
     )
     ended = run_job(config, 2)

@@ -229,3 +229,31 @@ def test_unsupported_architecture(good: Path, tmp_path: Path) -> None:
         f'{teacher}/config.json: architectures = ["GPT2LMHeadModel"]: not a supported architecture; '
         "use a model of LlamaForCausalLM, DeciLMForCausalLM, Olmo3ForCausalLM or Qwen3ForCausalLM"
     )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["precision.student=fp8_blockwise"],
+         'precision.student = "fp8_blockwise": FP8 needs a GPU and Transformer Engine, not device: cpu; use '
+         "bfloat16"),
+        (["precision.teacher=fp8_tensorwise"],
+         'precision.teacher = "fp8_tensorwise": FP8 needs a GPU and Transformer Engine, not device: cpu; use '
+         "bfloat16, or modelopt_fp8 to simulate it"),
+        (["rollout.quantization=fp8"],
+         'rollout.quantization = "fp8": needs a GPU, not device: cpu; use none'),
+        (["device=cuda", "precision.teacher=fp8_mxfp8", "teacher.parallel.tensor=4"],
+         'precision.teacher = "fp8_mxfp8": hidden_size (64) must be a multiple of 32 on each of 4 tensor-parallel '
+         "ranks; use bfloat16, or a smaller tensor-parallel size"),
+        (["teacher.yarn_layers=all"],
+         'teacher.yarn_layers = "all": the teacher has no YaRN rope scaling; use full_attention'),
+    ],
+)  # fmt: skip
+def test_precisions_that_cannot_be(good: Path, overrides: list[str], message: str) -> None:
+    cpu = ["device=cpu", "rollout.kv_cache_gib=1.0"]
+    assert mistake(good, 4, *cpu, *overrides) == message
+
+
+def test_fp8_on_a_gpu_passes(good: Path) -> None:
+    config = load_config(good, ["precision.teacher=fp8_tensorwise", "precision.student=fp8_blockwise"])
+    assert check_config(config, 1).prompts == 8

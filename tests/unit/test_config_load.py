@@ -55,7 +55,9 @@ def test_defaults(config_yaml: Path) -> None:
 
 
 def test_derived_defaults(config_yaml: Path) -> None:
-    config = load_config(config_yaml, ["device=cpu", "student.dtype=float32", "student.parallel.tensor=2"])
+    config = load_config(
+        config_yaml, ["device=cpu", "precision.student=float32", "student.parallel.tensor=2"]
+    )
     assert (config.tokenizer_path, config.rollout_dtype) == ("in/student", "float32")
     assert config.evaluation_max_new_tokens == 16
     assert (config.student.parallel.sequence_parallel, config.teacher.parallel.sequence_parallel) == (
@@ -206,7 +208,7 @@ def test_missing_section_names_what_it_needs(tmp_path: Path) -> None:
         (b"steps: \xff\n", "{path}: not UTF-8 (byte 7); save the file as UTF-8"),
         (b"1: 2\n", "1: unknown key; known are batch, checkpoint, curriculum, data, device, evaluation, "
                     "kernel, metrics, "
-                    "objective, optimizer, rollout, run_dir, seed, steps, student, teacher and tokenizer"),
+                    "objective, optimizer, precision, rollout, run_dir, seed, steps, student, teacher and tokenizer"),
     ],
 )  # fmt: skip
 def test_malformed_files(tmp_path: Path, content: bytes, message: str) -> None:

@@ -74,7 +74,7 @@ def test_layout_and_reporting_may_change(tmp_path: Path, override: str) -> None:
     "override",
     [
         "seed=1",
-        "student.dtype=float32",
+        "precision.student=float32",
         "rollout.temperature=1.0",
         "optimizer.beta1=0.8",
         "optimizer.distributed=false",

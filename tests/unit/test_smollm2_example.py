@@ -39,6 +39,6 @@ def test_nothing_held_out_is_trained_on() -> None:
 def test_configuration() -> None:
     config = load_config(EXAMPLE / "config.yaml")
     root = EXAMPLE.parents[1]
-    assert (config.device, config.student.dtype, config.objective.name) == ("cpu", "float32", "sead")
+    assert (config.device, config.precision.student, config.objective.name) == ("cpu", "float32", "sead")
     assert (root / config.data.prompts).is_file() and (root / str(config.evaluation.prompts)).is_file()
     assert len(rows("prompts")) % config.data.prompts_per_step == 0

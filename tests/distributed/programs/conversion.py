@@ -25,6 +25,7 @@ class Model:
         from sead_megatron.models.build import build_model
         from sead_megatron.models.hf_config import read_hf_config
         from sead_megatron.models.load import load_weights
+        from sead_megatron.models.precision import Precision
         from sead_megatron.parallel.groups import student_groups
         from sead_megatron.parallel.layout import Layout
 
@@ -36,7 +37,7 @@ class Model:
         self.built = build_model(
             config,
             self.groups,
-            getattr(torch, case["dtype"]),
+            Precision(getattr(torch, case["dtype"])),
             on_cpu=True,
             trainable=True,
             sequence_parallel=self.sequence_parallel,

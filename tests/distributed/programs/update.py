@@ -41,16 +41,9 @@ def config_of(case: dict[str, Any], student: str, teacher: str) -> Any:
             "device": "cpu",
             "run_dir": "unused",
             "steps": STEPS,
-            "student": {
-                "path": student,
-                "dtype": case.get("dtype", "float32"),
-                "parallel": layout(case["student"]),
-            },
-            "teacher": {
-                "path": teacher,
-                "dtype": case.get("dtype", "float32"),
-                "parallel": layout(case["teacher"]),
-            },
+            "student": {"path": student, "parallel": layout(case["student"])},
+            "teacher": {"path": teacher, "parallel": layout(case["teacher"])},
+            "precision": dict.fromkeys(("student", "teacher"), case.get("dtype", "float32")),
             "data": {"prompts": "unused", "prompts_per_step": 12},
             "rollout": {"max_new_tokens": 40, "max_model_len": 64, "kv_cache_gib": 0.1},
             "objective": {
