@@ -90,6 +90,14 @@ class ConfigReader:
         if given is not None and given is not False:
             raise self.error(key, given, constraint, "use another model")
 
+    def require(self, key: str, expected: object) -> None:
+        """Refuses another value than `expected`, which also a missing or null key means."""
+        given = self.raw.get(key)
+        if given is not None and given != expected:
+            wanted = str(expected).lower() if isinstance(expected, bool) else f'"{expected}"'
+            wanted = f"{expected:g}" if isinstance(expected, float) else wanted
+            raise self.error(key, given, f"must be {wanted}", "use another model")
+
     def heads(self) -> tuple[int, int]:
         """Query heads and their width."""
         hidden_size, heads = self.integer("hidden_size"), self.integer("num_attention_heads")
@@ -148,8 +156,7 @@ class ConfigReader:
     def _yarn(self) -> YarnRope:
         for key in ("mscale", "mscale_all_dim"):
             self.refuse(key, "not supported: give attention_factor")
-        if self.raw.get("truncate", True) is not True:
-            raise self.error("truncate", self.raw["truncate"], "must be true", "use another model")
+        self.require("truncate", True)
         return YarnRope(
             factor=self.number("factor"),
             original_max_position_embeddings=self.integer("original_max_position_embeddings"),

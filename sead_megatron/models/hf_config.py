@@ -79,9 +79,9 @@ def _refuse_variants(reader: ConfigReader) -> None:
         raise reader.error(
             "quantization_config", None, "quantized weights", "use the bfloat16 or float32 checkpoint"
         )
-    activation = reader.raw.get("hidden_act", "silu")
-    if activation != "silu":
-        raise reader.error("hidden_act", activation, 'must be "silu"', "use another model")
+    reader.require("hidden_act", "silu")
+    for section in (reader, reader.rope_section()):
+        section.require("partial_rotary_factor", 1.0)
     for key in ("attention_bias", "mlp_bias"):
         if reader.flag(key):
             raise reader.error(key, True, "biases are not supported", "use another model")

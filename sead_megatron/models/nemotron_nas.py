@@ -10,7 +10,10 @@ from sead_megatron.models.family import Family, WeightTable
 from sead_megatron.models.layouts import Split
 
 # Variants of a block that no published checkpoint uses and that would compute something else.
-_ATTENTION_VARIANTS = ("window_length", "num_sink_tokens", "sparsify", "unshifted_sink", "llama4", "mamba")
+_ATTENTION_VARIANTS = (
+    *("window_length", "num_sink_tokens", "sparsify", "unshifted_sink", "llama4", "mamba"),
+    "use_prefill_window_in_sink_attention",
+)
 _FFN_VARIANTS = ("sparsify", "moe")
 
 
@@ -51,9 +54,16 @@ def _read_ffn(block: ConfigReader, hidden_size: int) -> tuple[MLPKind, int]:
         return "linear", 0
     for key in _FFN_VARIANTS:
         block.refuse(key, "not supported")
-    if block.raw.get("ffn_mult") is None and block.raw.get("intermediate_size") is not None:
+    block.require("hidden_act", "silu")
+    block.require("gated", True)
+    given = block.raw.get("intermediate_size") is not None
+    if given and block.raw.get("ffn_mult") is None:
         return "gated", block.integer("intermediate_size")
-    return "gated", ffn_width(block.number("ffn_mult"), hidden_size)
+    width = ffn_width(block.number("ffn_mult"), hidden_size)
+    if given and block.integer("intermediate_size") != width:
+        constraint = f"ffn_mult ({block.number('ffn_mult'):g}) makes it {width}"
+        raise block.error("intermediate_size", block.integer("intermediate_size"), constraint)
+    return "gated", width
 
 
 def ffn_width(multiplier: float, hidden_size: int) -> int:

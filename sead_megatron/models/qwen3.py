@@ -11,6 +11,9 @@ from sead_megatron.models.layouts import Replicated
 
 def _read_layers(reader: ConfigReader) -> tuple[LayerConfig, ...]:
     reader.refuse("use_sliding_window", "not supported for this architecture")
+    kinds = reader.raw.get("layer_types")
+    if kinds is not None and (not isinstance(kinds, list) or set(kinds) != {"full_attention"}):
+        raise reader.error("layer_types", kinds, 'must all be "full_attention"', "use another model")
     return reader.uniform_layers()
 
 

@@ -88,6 +88,16 @@ def _with(attention: dict[str, Any], ffn: dict[str, Any]) -> list[dict[str, Any]
          "DIR/config.json: block_configs[0].attention.unshifted_sink = true: not supported; use another model"),
         (_with({}, {"sparsify": [1]}),
          "DIR/config.json: block_configs[0].ffn.sparsify = [1]: not supported; use another model"),
+        (_with({"use_prefill_window_in_sink_attention": True}, {}),
+         "DIR/config.json: block_configs[0].attention.use_prefill_window_in_sink_attention = true: not supported; "
+         "use another model"),
+        (_with({}, {"hidden_act": "gelu"}),
+         'DIR/config.json: block_configs[0].ffn.hidden_act = "gelu": must be "silu"; use another model'),
+        (_with({}, {"gated": False}),
+         "DIR/config.json: block_configs[0].ffn.gated = false: must be true; use another model"),
+        (_with({}, {"ffn_mult": 1.5, "intermediate_size": 512}),
+         "DIR/config.json: block_configs[0].ffn.intermediate_size = 512: ffn_mult (1.5) makes it 256; "
+         "correct config.json"),
         (_with({}, {"ffn_mult": -1}),
          "DIR/config.json: block_configs[0].ffn.ffn_mult = -1: must be a positive number; correct config.json"),
         (_with({"n_heads_in_group": None}, {}),
@@ -194,6 +204,9 @@ def test_what_olmo3_refuses(tmp_path: Path, changes: dict[str, Any], message: st
     [
         ({"use_sliding_window": True},
          "DIR/config.json: use_sliding_window = true: not supported for this architecture; use another model"),
+        ({"layer_types": ["full_attention"] * 3 + ["sliding_attention"]},
+         'DIR/config.json: layer_types = ["full_attention", "full_attention", "full_attention", "sliding_attention"]: '
+         'must all be "full_attention"; use another model'),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
          'DIR/config.json: rope_parameters.rope_type = "yarn": not a supported rope scaling of this architecture; '
          "use a model with none"),

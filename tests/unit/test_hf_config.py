@@ -120,6 +120,8 @@ def test_eos_ids_of_both_files_each_once(tmp_path: Path) -> None:
          'DIR/config.json: rms_norm_eps = "small": must be a positive number; correct config.json'),
         ({"tie_word_embeddings": "yes"},
          'DIR/config.json: tie_word_embeddings = "yes": must be true or false; correct config.json'),
+        ({"partial_rotary_factor": 0.5},
+         "DIR/config.json: partial_rotary_factor = 0.5: must be 1; use another model"),
         ({"hidden_act": "gelu"}, 'DIR/config.json: hidden_act = "gelu": must be "silu"; use another model'),
         ({"attention_bias": True},
          "DIR/config.json: attention_bias = true: biases are not supported; use another model"),
