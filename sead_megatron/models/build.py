@@ -6,7 +6,6 @@ parallelism. Logits are never computed here; the loss kernel takes hidden states
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,22 +18,12 @@ from torch import Tensor
 from sead_megatron.models.architecture import HFConfig, Llama3Rope
 from sead_megatron.models.family import WeightMap
 from sead_megatron.models.layer_specs import block_spec
+from sead_megatron.models.layouts import padded_vocab_size
 from sead_megatron.models.megatron_config import transformer_config
 from sead_megatron.models.precision import Precision
 from sead_megatron.models.registry import FAMILIES
 from sead_megatron.models.stages import stage_layers
 from sead_megatron.parallel.groups import ParallelGroups
-
-VOCAB_MULTIPLE = 128
-
-
-def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
-    """Rows of the embedding: a multiple of 128 (GEMM tiles) that the tensor-parallel size divides.
-
-    The same for every TP that divides 128, so checkpoints move between layouts without reshaping.
-    """
-    multiple = math.lcm(VOCAB_MULTIPLE, tensor_parallel)
-    return math.ceil(vocab_size / multiple) * multiple
 
 
 class HiddenStateModel(GPTModel):

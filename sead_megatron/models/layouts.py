@@ -7,6 +7,7 @@ export and the per-step weight sync. Torch-free to import: the tables also say w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -15,6 +16,18 @@ from sead_megatron.models.architecture import HFConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+VOCAB_MULTIPLE = 128
+
+
+def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
+    """Rows of the embedding: a multiple of 128 (GEMM tiles) that the tensor-parallel size divides.
+
+    The same for every TP that divides 128, so checkpoints move between layouts without reshaping.
+    """
+    multiple = math.lcm(VOCAB_MULTIPLE, tensor_parallel)
+    return math.ceil(vocab_size / multiple) * multiple
 
 
 def _cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from sead_megatron.errors import UserError
 from sead_megatron.models.architecture import HFConfig
-from sead_megatron.models.build import BuiltModel, padded_vocab_size
-from sead_megatron.models.layouts import Vocabulary
+from sead_megatron.models.build import BuiltModel
+from sead_megatron.models.layouts import Vocabulary, padded_vocab_size
 from sead_megatron.models.safetensors_index import SafetensorsIndex, read_index
 from sead_megatron.parallel.groups import ParallelGroups
 
@@ -86,4 +86,5 @@ def load_output_shard(
     with open_checkpoint(directory) as source:
         shape = (rows, config.hidden_size)
         shard = Vocabulary().read_shard(source, [name], groups.tp_rank, groups.layout.tensor, shape)
-    return shard.to(device=device, dtype=dtype)
+    # A copy even where neither device nor type change: what safetensors hands out keeps the whole tensor alive.
+    return torch.empty(shape, device=device, dtype=dtype).copy_(shard)

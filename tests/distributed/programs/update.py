@@ -44,8 +44,8 @@ def config_of(case: dict[str, Any], student: str, teacher: str) -> Any:
             "student": {"path": student, "parallel": layout(case["student"])},
             "teacher": {"path": teacher, "parallel": layout(case["teacher"])},
             "precision": dict.fromkeys(("student", "teacher"), case.get("dtype", "float32")),
-            "data": {"prompts": "unused", "prompts_per_step": 12},
-            "rollout": {"max_new_tokens": 40, "max_model_len": 64, "kv_cache_gib": 0.1},
+            "data": {"prompts": "unused", "prompts_per_step": case.get("rollouts", 12)},
+            "rollout": case.get("rollout", {"max_new_tokens": 40, "max_model_len": 64, "kv_cache_gib": 0.1}),
             "objective": {
                 "name": "sead",
                 "student_entropy": "trainer",
