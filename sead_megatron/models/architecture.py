@@ -1,6 +1,6 @@
 """What the trainer knows of a model: its decoder layers one by one, its sizes and its rotary embedding. Torch-free."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 AttentionKind = Literal["full", "sliding", "linear", "none"]
@@ -78,7 +78,7 @@ class HFConfig:
     eos_ids: tuple[int, ...]
     """End-of-sequence ids of config.json, then further ones of generation_config.json (chat models list
     several)."""
-    raw: dict[str, object]
+    raw: dict[str, object] = field(hash=False)
 
     @property
     def num_layers(self) -> int:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 
 from sead_megatron.models.architecture import HFConfig
 from sead_megatron.models.registry import FAMILIES
 
 
-def layer_parameters(config: HFConfig) -> list[int]:
+@cache
+def layer_parameters(config: HFConfig) -> tuple[int, ...]:
     """Parameters of every decoder layer."""
     table = FAMILIES[config.architecture].layer_weights
-    return [
+    return tuple(
         # A norm stands in the table once for each layer spec, under one Hugging Face name.
         sum(
             {
@@ -22,7 +24,7 @@ def layer_parameters(config: HFConfig) -> list[int]:
             }.values()
         )
         for layer in config.layers
-    ]
+    )
 
 
 def stage_layers(config: HFConfig, pipeline: int, given: Sequence[int] | None = None) -> tuple[int, ...]:
@@ -30,7 +32,12 @@ def stage_layers(config: HFConfig, pipeline: int, given: Sequence[int] | None = 
 
     Embedding and output layer do not count: one is a lookup, the other runs on response tokens only.
     """
-    return tuple(given) if given is not None else balanced_split(layer_parameters(config), pipeline)
+    return tuple(given) if given is not None else _balanced_stages(config, pipeline)
+
+
+@cache
+def _balanced_stages(config: HFConfig, pipeline: int) -> tuple[int, ...]:
+    return balanced_split(layer_parameters(config), pipeline)
 
 
 def balanced_split(costs: Sequence[int], parts: int) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 GIB = 1 << 30
 
@@ -33,3 +33,8 @@ DEVICES = {
     "h200": Device("H200", 143771 << 20, 989e12, 1979e12, 4.8e12, 450e9, 50e9),
     "b200": Device("B200", 183359 << 20, 2250e12, 4500e12, 8.0e12, 900e9, 50e9),
 }
+
+
+def device_with_memory(name: str, memory_bytes: int) -> Device:
+    """A GPU of which only the memory matters."""
+    return replace(DEVICES["h100"], name=name, memory_bytes=memory_bytes)

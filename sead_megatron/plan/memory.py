@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sead_megatron.config import TrainConfig
@@ -25,9 +26,10 @@ from sead_megatron.plan.shards import ParameterShard, stage_parameters
 PHASES = ("rollout", "teacher", "update", "sync")
 MIB = 1 << 20
 
-# Assumed, not measured: CUDA context, NCCL's buffers for the groups of two models, cuBLAS and TE workspaces; and what
-# a sleeping engine keeps (graphs, sampler buffers).
+# Assumed, not measured: CUDA context, NCCL's buffers for the groups of two models, cuBLAS and TE workspaces; what an
+# awake engine computes with; and what a sleeping one keeps (graphs, sampler buffers).
 PROCESS_BYTES = int(2.5 * GIB)
+ENGINE_WORKSPACE_BYTES = int(2.0 * GIB)
 ENGINE_ASLEEP_BYTES = int(1.0 * GIB)
 
 
@@ -110,10 +112,10 @@ class RankMemory:
         return self.total(self.peak_phase)
 
 
-def plan_memory(run: Run) -> list[RankMemory]:
-    """The memory of every rank, by rank."""
+def plan_memory(run: Run, ranks: Iterable[int] | None = None) -> list[RankMemory]:
+    """The memory of every rank, or of some."""
     planner = _Planner(run)
-    return [planner.rank(rank) for rank in range(run.world)]
+    return [planner.rank(rank) for rank in (range(run.world) if ranks is None else ranks)]
 
 
 def _layout(parallel: ParallelConfig, world: int) -> Layout:
@@ -156,7 +158,8 @@ class _Planner:
             data_rank=student.dp_rank(rank),
             distributed=run.config.optimizer.distributed,
         )
-        always = {
+        always = {} if run.device is None else {"process": PROCESS_BYTES}
+        always |= {
             "student weights": trained.parameters,
             "gradients": trained.gradients,
             "optimizer masters": trained.masters,
@@ -166,8 +169,6 @@ class _Planner:
         if run.config.precision.student in FP8_RECIPES:
             # A quantised copy of each matrix and its transpose, kept from the first microbatch to the last.
             always["student FP8 copies"] = 2 * sum(p.numel for p in parameters if p.is_matrix)
-        if run.device is not None:
-            always["process"] = PROCESS_BYTES
         phases = {
             "rollout": self._engine_bytes(),
             "teacher": self._teacher_phase(teacher_stage, stage),
@@ -179,7 +180,7 @@ class _Planner:
             phases[phase] |= asleep
         return RankMemory(rank, always, {"optimizer moments": trained.moments}, phases)
 
-    def _parameters(self, stage: int) -> list[ParameterShard]:
+    def _parameters(self, stage: int) -> tuple[ParameterShard, ...]:
         tensor = self._run.student_layout.tensor
         return stage_parameters(
             self._run.student, tensor, self._student_stages, stage, trained=True, fused_norms=self._fused
@@ -218,10 +219,13 @@ class _Planner:
     def _engine_bytes(self) -> dict[str, int]:
         run, rollout = self._run, self._run.config.rollout
         weights = run.engine_weights()
+        terms = {"engine weights": weights}
+        if run.device is not None:
+            terms["engine workspace"] = ENGINE_WORKSPACE_BYTES
         if rollout.kv_cache_gib is not None or run.device is None:
-            return {"engine weights": weights, "KV cache": int((rollout.kv_cache_gib or 0.0) * GIB)}
+            return terms | {"KV cache": int((rollout.kv_cache_gib or 0.0) * GIB)}
         budget = int(run.device.memory_bytes * rollout.gpu_memory_utilization)
-        return {"engine weights": weights, "KV cache": max(0, budget - weights)}
+        return terms | {"KV cache": max(0, budget - sum(terms.values()))}
 
     def _engine_asleep(self) -> dict[str, int]:
         if self._run.device is None:

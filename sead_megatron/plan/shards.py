@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from sead_megatron.models.architecture import HFConfig, LayerConfig
 from sead_megatron.models.family import WeightTable, model_weights
@@ -50,15 +51,16 @@ class ParameterShard:
     """The tied output layer, or the embedding it is tied to, of a model with several stages."""
 
 
+@cache
 def stage_parameters(
-    config: HFConfig, tensor: int, stages: Sequence[int], stage: int, *, trained: bool, fused_norms: bool
-) -> list[ParameterShard]:
+    config: HFConfig, tensor: int, stages: tuple[int, ...], stage: int, *, trained: bool, fused_norms: bool
+) -> tuple[ParameterShard, ...]:
     """What a rank of pipeline stage `stage` holds, the same for all its tensor-parallel ranks.
 
     A frozen model has no output layer (see `sead_megatron.models.build`). `fused_norms`: Transformer Engine's layers,
     whose norms are part of the linear layer behind them.
     """
-    return list(_parameters(config, tensor, stages, stage, trained=trained, fused_norms=fused_norms))
+    return tuple(_parameters(config, tensor, stages, stage, trained=trained, fused_norms=fused_norms))
 
 
 def _parameters(

