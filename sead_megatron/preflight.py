@@ -18,10 +18,12 @@ from sead_megatron.data.tokenised import evaluation_prompts, training_prompts
 from sead_megatron.data.types import Prompt
 from sead_megatron.errors import UserError
 from sead_megatron.models.architecture import HFConfig
+from sead_megatron.models.converted import check_converted, is_distributed
 from sead_megatron.models.family import WeightMap, is_ignored
 from sead_megatron.models.hf_config import read_hf_config
 from sead_megatron.models.registry import FAMILIES
 from sead_megatron.models.safetensors_index import check_tensors, read_index
+from sead_megatron.models.stored_tensors import find_parameters, read_metadata
 from sead_megatron.models.tokenizer import load_tokenizer
 from sead_megatron.records import read_records
 from sead_megatron.requirements import (
@@ -96,6 +98,10 @@ def _check_run(config: TrainConfig) -> None:
 
 
 def _check_weights(directory: str, config: HFConfig) -> None:
+    if is_distributed(directory):
+        check_converted(directory)
+        find_parameters(directory, config, read_metadata(directory))
+        return
     expected = WeightMap(FAMILIES[config.architecture], config).hf_shapes()
     check_tensors(read_index(directory), expected, lambda name: is_ignored(config, name))
 

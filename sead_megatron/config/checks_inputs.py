@@ -7,6 +7,7 @@ from sead_megatron.config.schema import TrainConfig
 from sead_megatron.data.difficulty import read_difficulties
 from sead_megatron.data.prompts import read_prompts
 from sead_megatron.errors import UserError
+from sead_megatron.models.converted import check_converted, is_distributed
 from sead_megatron.models.safetensors_index import read_index
 from sead_megatron.models.tokenizer_files import check_same_tokenizer
 
@@ -18,7 +19,10 @@ def check_inputs(config: TrainConfig) -> int:
     _check_tokenizers(config)
     prompts = _check_prompts(config)
     for directory in (config.student.path, config.teacher.path):
-        read_index(directory)
+        if is_distributed(directory):
+            check_converted(directory)
+        else:
+            read_index(directory)
     return prompts
 
 

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sead_megatron.models.build import BuiltModel
+from sead_megatron.models.converted import companion_files
 from sead_megatron.models.family import WeightRule
 
 MIB = 1 << 20
@@ -181,7 +182,5 @@ def _finish_directory(source: Path, partial: Path, files: list[list[str]], total
     if len(files) > 1:
         index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    for path in sorted(source.iterdir()):
-        is_weight = path.suffix in (".safetensors", ".bin", ".gguf") or path.name.endswith(".index.json")
-        if path.is_file() and not is_weight:
-            shutil.copy2(path, partial / path.name)
+    for path in companion_files(source):
+        shutil.copy2(path, partial / path.name)

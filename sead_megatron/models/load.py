@@ -1,4 +1,4 @@
-"""Hugging Face directory -> this rank's shard. Each rank reads only the bytes it needs."""
+"""Hugging Face or converted directory -> this rank's shard. Each rank reads for itself, and only what it needs."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from torch import Tensor
 from sead_megatron.errors import UserError
 from sead_megatron.models.architecture import HFConfig
 from sead_megatron.models.build import BuiltModel
-from sead_megatron.models.layouts import Vocabulary, padded_vocab_size
+from sead_megatron.models.converted import check_converted, is_distributed
+from sead_megatron.models.layouts import TensorSource, Vocabulary, padded_vocab_size
 from sead_megatron.models.safetensors_index import SafetensorsIndex, read_index
+from sead_megatron.models.stored_tensors import StoredTensors
 from sead_megatron.parallel.groups import ParallelGroups
 
 
@@ -46,17 +48,25 @@ class CheckpointReader:
 
 
 @contextmanager
-def open_checkpoint(directory: str | Path) -> Iterator[CheckpointReader]:
-    """Opens the safetensors files of a Hugging Face directory."""
+def open_checkpoint(directory: str | Path, config: HFConfig) -> Iterator[TensorSource]:
+    """Opens the weights of a Hugging Face directory, or of one that `tools/convert_checkpoint.py` has written.
+
+    Not through Megatron's own `dist_checkpointing.load`, which takes the whole world: teacher and student have groups
+    of their own, and an output layer is read by some ranks only.
+    """
     with ExitStack() as stack:
-        yield CheckpointReader(read_index(Path(directory)), stack)
+        if is_distributed(directory):
+            check_converted(directory)
+            yield stack.enter_context(StoredTensors(directory, config))
+        else:
+            yield CheckpointReader(read_index(Path(directory)), stack)
 
 
 @torch.no_grad()
 def load_weights(model: BuiltModel, directory: str | Path) -> None:
     """Fills every parameter of this rank's shard; UserError when a tensor is missing or has another shape."""
     groups = model.groups
-    with open_checkpoint(directory) as source:
+    with open_checkpoint(directory, model.config) as source:
         for name, parameter in model.module.named_parameters():
             rule = model.weights.rule(name)
             shard = rule.layout.read_shard(
@@ -83,7 +93,7 @@ def load_output_shard(
     """
     name = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
     rows = padded_vocab_size(config.vocab_size, groups.layout.tensor) // groups.layout.tensor
-    with open_checkpoint(directory) as source:
+    with open_checkpoint(directory, config) as source:
         shape = (rows, config.hidden_size)
         shard = Vocabulary().read_shard(source, [name], groups.tp_rank, groups.layout.tensor, shape)
     # A copy even where neither device nor type change: what safetensors hands out keeps the whole tensor alive.
