@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch.distributed as dist
@@ -58,29 +59,38 @@ class Trainer:
         if self.step == 0:
             self.evaluate()
         self.progress.start_training()
+        profile = self.job.profile
+        if profile is not None:
+            profile.resume(self.step)
         while self.step < self.config.steps:
-            self.train_step()
+            with nullcontext() if profile is None else profile.step(self.step + 1):
+                self.train_step()
         if self._wandb is not None:
             self._wandb.finish()
 
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Times a phase of the step; a profiled one is a range as well."""
+        timed = self.progress.phase(name)
+        return timed if self.job.profile is None else self.job.profile.phase(name, timed)
+
     def train_step(self) -> None:
         """One optimizer step, its record, and the checkpoint when one is due."""
-        job, progress = self.job, self.progress
-        with progress.phase("rollout"):
+        job = self.job
+        with self.phase("rollout"):
             rollouts, passed = self.roll_out()
-        with progress.phase("teacher"):
+        with self.phase("teacher"):
             plan = plan_step(rollouts, job.models.student.model.groups.layout, job.models.teacher.layout)
             scores = job.models.teacher.score(plan)
             table = self.teacher_columns(plan, scores, TokenTable.from_rollouts(rollouts, job.device))
         engine_table = table
-        with progress.phase("stats"):
+        with self.phase("stats"):
             table = self.token_stats(plan, scores, table)
         coefficients = job.objective.coefficients(table, self.step)
-        with progress.phase("update"):
+        with self.phase("update"):
             update = job.models.student.train_step(plan, scores, coefficients)
         self.count_skipped(update)
         self.step += 1
-        with progress.phase("sync"):
+        with self.phase("sync"):
             job.sync_weights(self.step)
         record = self.record(rollouts, passed, engine_table, table, coefficients, update)
         evaluation = self.evaluation_if_due()
@@ -210,7 +220,7 @@ class Trainer:
         job = self.job
         if not job.eval_prompts:
             return None
-        with self.progress.phase("evaluation"):
+        with self.phase("evaluation"):
             max_new_tokens = self.config.evaluation_max_new_tokens
             record = evaluate_greedy(job.engine, job.eval_prompts, job.tokenizer, max_new_tokens, self.step)
         if self._is_head:
@@ -234,7 +244,7 @@ class Trainer:
         config, job = self.config, self.job
         checkpoint_due = self.step == config.steps or self.step % config.checkpoint.every == 0
         if checkpoint_due:
-            with self.progress.phase("checkpoint"):
+            with self.phase("checkpoint"):
                 write_checkpoint(self.run.checkpoints_path, self.step, job.models.student, self.state())
         times = self.progress.take_times()
         record |= times | {"tokens_per_second": table.num_tokens / max(sum(times.values()), 1e-9)}

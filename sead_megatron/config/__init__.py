@@ -1,7 +1,7 @@
 """Configuration of a run: schema, loading with overrides, and the checks that run before anything heavy is
 imported."""
 
-from sead_megatron.config.checks import CheckedRun, check_config
+from sead_megatron.config.checks import CheckedModels, CheckedRun, check_config, check_models
 from sead_megatron.config.load import dump_config, load_config
 from sead_megatron.config.objective import Objective, OpdObjective, SeadObjective, ZoneShares
 from sead_megatron.config.schema import (
@@ -23,6 +23,7 @@ from sead_megatron.config.schema import (
 
 __all__ = [
     "BatchConfig",
+    "CheckedModels",
     "CheckedRun",
     "CheckpointConfig",
     "CurriculumConfig",
@@ -42,6 +43,7 @@ __all__ = [
     "TrainConfig",
     "ZoneShares",
     "check_config",
+    "check_models",
     "dump_config",
     "load_config",
 ]

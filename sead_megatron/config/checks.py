@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 
-from sead_megatron.config.checks_fields import check_fields, check_model_limits
+from sead_megatron.config.checks_fields import check_fields, check_model_limits, check_profile
 from sead_megatron.config.checks_inputs import check_inputs
 from sead_megatron.config.checks_layout import check_layouts
 from sead_megatron.config.checks_precision import check_precision
 from sead_megatron.config.schema import TrainConfig
+from sead_megatron.models.architecture import HFConfig
 from sead_megatron.models.hf_config import read_hf_config
 from sead_megatron.parallel.layout import Layout
 
@@ -37,19 +38,38 @@ class CheckedRun:
         return "\n".join(lines)
 
 
-def check_config(config: TrainConfig, world_size: int) -> CheckedRun:
-    """Check the fields, the layouts on `world_size` ranks and the files. Raises UserError for the first
-    mistake."""
+@dataclass(frozen=True)
+class CheckedModels:
+    """Both architectures and their layouts."""
+
+    student: HFConfig
+    teacher: HFConfig
+    student_layout: Layout
+    teacher_layout: Layout
+
+
+def check_models(config: TrainConfig, world_size: int) -> CheckedModels:
+    """Check the fields and the layouts on `world_size` ranks; of the files, only both config.json are read.
+
+    Raises UserError for the first mistake.
+    """
     check_fields(config)
+    check_profile(config.profile, config.steps, world_size)
     student = read_hf_config(config.student.path, "student.path")
     teacher = read_hf_config(config.teacher.path, "teacher.path")
     check_model_limits(config, student, teacher)
+    layouts = check_layouts(config, world_size, student, teacher)
     check_precision(config, student, teacher)
-    student_layout, teacher_layout = check_layouts(config, world_size, student, teacher)
+    return CheckedModels(student, teacher, *layouts)
+
+
+def check_config(config: TrainConfig, world_size: int) -> CheckedRun:
+    """`check_models`, and the files. Raises UserError for the first mistake."""
+    models = check_models(config, world_size)
     prompts = check_inputs(config)
     return CheckedRun(
-        student_layout,
-        teacher_layout,
+        models.student_layout,
+        models.teacher_layout,
         config.rollout.tensor_parallel,
         prompts,
         config.steps * config.data.prompts_per_step / prompts,

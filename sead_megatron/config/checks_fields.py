@@ -1,8 +1,8 @@
 """Do the fields agree with each other and with the models' config.json? No file is opened here."""
 
 from sead_megatron.config.objective import SeadObjective
-from sead_megatron.config.schema import TrainConfig
-from sead_megatron.errors import UserError
+from sead_megatron.config.schema import ProfileConfig, TrainConfig
+from sead_megatron.errors import UserError, alternatives
 from sead_megatron.models.architecture import HFConfig
 from sead_megatron.models.registry import FAMILIES
 
@@ -44,6 +44,45 @@ def check_model_limits(config: TrainConfig, student: HFConfig, teacher: HFConfig
             objective.teacher_topk,
             f"must be at most the teacher's vocab_size ({teacher.vocab_size})",
             "use for example 64",
+        )
+
+
+def check_profile(profile: ProfileConfig, steps: int, world_size: int) -> None:
+    """Do the profiled steps and ranks exist? Says nothing when profiling is off. Raises UserError."""
+    start, stop = profile.start_step, profile.stop_step
+    if not profile.enabled:
+        return
+    if start == 0:
+        raise UserError(
+            "profile.start_step",
+            start,
+            f"must be at least 1 with profile.stop_step {stop}: steps count from 1",
+            "set it, or set both to 0 to profile nothing",
+        )
+    if start > steps:
+        raise UserError(
+            "profile.start_step", start, f"must be at most steps ({steps})", f"use for example {steps}"
+        )
+    if stop <= start:
+        raise UserError(
+            "profile.stop_step",
+            stop,
+            f"must be greater than profile.start_step ({start}): it is the first step that is not profiled",
+            f"use {start + 1} to profile one step",
+        )
+    if stop > steps + 1:
+        raise UserError(
+            "profile.stop_step",
+            stop,
+            f"must be at most {steps + 1}, the step after the last (steps is {steps})",
+            f"use {steps + 1}, or raise steps",
+        )
+    if outside := [rank for rank in profile.ranks if rank >= world_size]:
+        raise UserError(
+            "profile.ranks",
+            profile.ranks,
+            f"must be less than the world size ({world_size})",
+            f"leave out {alternatives(outside, last='and')}",
         )
 
 

@@ -76,7 +76,7 @@ class PrecisionConfig(Section):
         "bfloat16", "float32", "fp8_tensorwise", "fp8_blockwise", "fp8_mxfp8", "modelopt_fp8"
     ] = "bfloat16"
     """Format of the teacher. With FP8 it keeps its linear weights in FP8 only, half of bfloat16's memory.
-    `modelopt_fp8`: simulated per-tensor FP8, calibrated on training prompts; runs anywhere and saves no memory."""
+    `modelopt_fp8`: per-tensor FP8 by ModelOpt, calibrated on training prompts; on the CPU it is simulated."""
     first_last_bfloat16: bool = True
     """Keep the first and the last decoder layer of each model in bfloat16 when the others are FP8."""
     calibration_prompts: PositiveInt = 32
@@ -249,6 +249,23 @@ class CheckpointConfig(Section):
     """Newest checkpoints that are kept."""
 
 
+class ProfileConfig(Section):
+    """Steps that are profiled: for Nsight Systems with `device: cuda`, as a torch trace in RUN_DIR/profile with
+    `device: cpu` (docs/profiling.md)."""
+
+    start_step: NonNegativeInt = 0
+    """First step that is profiled; steps count from 1, as in metrics.jsonl. 0, with `stop_step: 0`: none."""
+    stop_step: NonNegativeInt = 0
+    """First step after those that are profiled: 3 and 5 profile steps 3 and 4."""
+    ranks: list[NonNegativeInt] = Field(default=[0], min_length=1)
+    """Ranks of the world that are profiled."""
+
+    @property
+    def enabled(self) -> bool:
+        """Whether any step is profiled."""
+        return self.start_step > 0 or self.stop_step > 0
+
+
 class TrainConfig(Section):
     """A run: everything that `python -m sead_megatron train` reads."""
 
@@ -288,6 +305,8 @@ class TrainConfig(Section):
     """Measurements."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Saved state."""
+    profile: ProfileConfig = ProfileConfig()
+    """Profiled steps."""
 
     @property
     def tokenizer_path(self) -> str:

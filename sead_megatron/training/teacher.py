@@ -70,6 +70,11 @@ class Teacher:
         """The teacher's architecture."""
         return self._model.config
 
+    @property
+    def megatron_config(self) -> Any:
+        """Megatron's configuration of the teacher."""
+        return self._model.module.config
+
     def score(self, plan: StepPlan) -> TeacherScores | None:
         """Hidden states of this rank's rollouts; None on ranks that hold no part of the student's output layer.
 
