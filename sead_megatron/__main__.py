@@ -1,5 +1,4 @@
-"""`python -m sead_megatron train CONFIG [key=value ...]` and `python -m sead_megatron check CONFIG
---world-size N`.
+"""`python -m sead_megatron train CONFIG [key=value ...]`, and `check` and `dry-run` with `--world-size N`.
 
 This file is the process boundary: the only place that catches errors it did not expect.
 """
@@ -46,7 +45,11 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _command(arguments: Sequence[str]) -> int:
-    commands: dict[str, Callable[[Sequence[str]], int]] = {"train": _train, "check": _check}
+    commands: dict[str, Callable[[Sequence[str]], int]] = {
+        "train": _train,
+        "check": _check,
+        "dry-run": _dry_run,
+    }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(f"{__doc__.split(chr(10))[0]}\n\nEach has --help.")
         return 0
@@ -81,6 +84,19 @@ def _check(arguments: Sequence[str]) -> int:
     # The nodes of that world are not known.
     _preflight(config, local_world_size=1, world_size=options.world_size)
     print(summary)
+    return 0
+
+
+def _dry_run(arguments: Sequence[str]) -> int:
+    parser = _parser("dry-run", "Build layouts, rank mapping and models without weights, on one CPU process.")
+    parser.add_argument("--world-size", type=_positive, required=True, metavar="N")
+    parser.add_argument("--ranks-per-node", type=_positive, default=8, metavar="N")
+    options = parser.parse_intermixed_args(arguments)
+    config = load_config(options.config, options.overrides)
+    prepare_environment(on_cpu=True)
+    from sead_megatron.dry_run import print_dry_run
+
+    print_dry_run(config, options.world_size, options.ranks_per_node)
     return 0
 
 

@@ -14,9 +14,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import NoReturn
 
-from sead_megatron.config import load_config
-from sead_megatron.config.checks_layout import check_layouts
-from sead_megatron.config.checks_precision import check_precision
+from sead_megatron.config import check_models, load_config
 from sead_megatron.errors import UserError
 from sead_megatron.models.hf_config import read_hf_config
 from sead_megatron.plan.devices import DEVICES
@@ -86,16 +84,16 @@ def main(arguments: Sequence[str]) -> int:
 
 def _plan(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
-    student = read_hf_config(config.student.path, "student.path")
-    teacher = read_hf_config(config.teacher.path, "teacher.path")
     device = DEVICES[options.gpu]
-    run = Run(config, student, teacher, options.world_size, device)
     longest = config.rollout.max_new_tokens
     lengths = Lengths(options.length_median, options.length_sigma, longest)
     if options.lengths is not None:
         lengths = read_lengths(options.lengths, longest)
     assumptions = Assumptions(**{field.name: getattr(options, field.name) for field in fields(Assumptions)})
     if options.search:
+        student = read_hf_config(config.student.path, "student.path")
+        teacher = read_hf_config(config.teacher.path, "teacher.path")
+        run = Run(config, student, teacher, options.world_size, device)
         found = search(
             run, lengths, assumptions, count=options.count, fp8_rollouts=not options.no_fp8_rollouts
         )
@@ -108,8 +106,8 @@ def _plan(options: argparse.Namespace) -> int:
             )
         print_plan(render_candidates(found))
         return 0
-    check_layouts(config, options.world_size, student, teacher)
-    check_precision(config, student, teacher)
+    models = check_models(config, options.world_size)
+    run = Run(config, models.student, models.teacher, options.world_size, device)
     plan = Plan(run, plan_memory(run), estimate(run, lengths, assumptions), lengths, assumptions)
     if options.format == "json":
         print(json.dumps(as_json(plan), indent=1))

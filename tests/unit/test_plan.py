@@ -43,6 +43,7 @@ def run_of(pair: tuple[str, str] = ("nemotron_nano_8b", "nemotron_super_49b"), *
             "kv_cache_gib": 6.75,
         },
         "batch": {"max_tokens_per_microbatch": 18432},
+        "curriculum": {"name": "uniform"},
     }
     for name, changes in sections.items():
         raw[name] = raw.get(name, {}) | changes

@@ -1,0 +1,194 @@
+"""Everything of a run that needs no weights and no GPU: configuration, layouts, rank mapping, models on `meta`.
+
+One process plays every rank of the world in turn over torch's fake process group, whose collectives do nothing. Layers
+are the local ones: Transformer Engine's, FP8 and the engine are not built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+
+from sead_megatron.config import TrainConfig, check_models
+from sead_megatron.models.architecture import HFConfig
+from sead_megatron.models.build import BuiltModel, build_model
+from sead_megatron.models.precision import Precision
+from sead_megatron.models.stages import stage_layers
+from sead_megatron.objectives import build_objective
+from sead_megatron.parallel.groups import destroy_groups, student_groups, teacher_groups
+from sead_megatron.parallel.layout import Layout
+from sead_megatron.plan.shards import stage_parameters
+
+
+@dataclass(frozen=True)
+class RankMap:
+    """Where a rank stands in each of the three layouts."""
+
+    rank: int
+    student: tuple[int, int, int]
+    """(data, pipeline, tensor) ranks."""
+    student_layers: range
+    teacher: tuple[int, int, int]
+    teacher_layers: range
+    engine: tuple[int, int]
+    """(replica, tensor rank)."""
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What was built: the mapping of all ranks, and parameters of the ranks whose models were made."""
+
+    ranks: list[RankMap]
+    parameters: dict[int, tuple[int, int]]
+    """Rank -> elements of its student and teacher shards."""
+
+
+def dry_run(config: TrainConfig, student: HFConfig, teacher: HFConfig, world_size: int) -> DryRun:
+    """Builds groups on every rank and models on one rank of each pair of stages.
+
+    `check_models` must have passed. Raises RuntimeError where a model is not what the plan reckons
+    with, KeyError for a parameter that no weight table knows.
+    """
+    from sead_megatron.parallel import megatron_on_cpu
+
+    megatron_on_cpu.install()
+    layouts = [
+        Layout(parallel.tensor, parallel.pipeline, world_size)
+        for parallel in (config.student.parallel, config.teacher.parallel)
+    ]
+    stages = [
+        stage_layers(model, parallel.pipeline, parallel.stages)
+        for model, parallel in ((student, config.student.parallel), (teacher, config.teacher.parallel))
+    ]
+    ranks: list[RankMap] = []
+    parameters: dict[int, tuple[int, int]] = {}
+    seen: set[tuple[int, int]] = set()
+    for rank in range(world_size):
+        with _rank_of_a_fake_world(rank, world_size):
+            pair = _Pair(config, student, teacher, layouts, stages)
+            ranks.append(_rank_map(rank, layouts, stages, config.rollout.tensor_parallel))
+            kind = (layouts[0].pp_rank(rank), layouts[1].pp_rank(rank))
+            if kind not in seen:
+                seen.add(kind)
+                parameters[rank] = pair.build()
+    return DryRun(ranks, parameters)
+
+
+@contextmanager
+def _rank_of_a_fake_world(rank: int, world_size: int) -> Iterator[None]:
+    # Of torch's own tests, and the only backend that stands for ranks that are not there.
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    try:
+        yield
+    finally:
+        destroy_groups()
+        dist.destroy_process_group()
+
+
+class _Pair:
+    """Both models' groups on this rank, and their models when asked for."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        student: HFConfig,
+        teacher: HFConfig,
+        layouts: list[Layout],
+        stages: list[tuple[int, ...]],
+    ) -> None:
+        self._config = config
+        self._configs = (student, teacher)
+        self._stages = stages
+        self._groups = (student_groups(layouts[0]), teacher_groups(layouts[1]))
+
+    def build(self) -> tuple[int, int]:
+        """Elements of both shards."""
+        student, teacher = (self._model(index, trainable=index == 0) for index in (0, 1))
+        return student, teacher
+
+    def _model(self, index: int, *, trainable: bool) -> int:
+        config, groups, stages = self._configs[index], self._groups[index], self._stages[index]
+        parallel = (self._config.student, self._config.teacher)[index].parallel
+        with torch.device("meta"):
+            model = build_model(
+                config,
+                groups,
+                Precision(torch.bfloat16),
+                on_cpu=True,
+                trainable=trainable,
+                sequence_parallel=parallel.sequence_parallel,
+                recompute=trainable and self._config.student.recompute == "full",
+                stages=stages,
+            )
+        planned = stage_parameters(
+            config, groups.layout.tensor, stages, groups.pp_rank, trained=trainable, fused_norms=False
+        )
+        _compare(model, {shard.name: shard.numel for shard in planned})
+        return sum(shard.numel for shard in planned)
+
+
+def _compare(model: BuiltModel, planned: dict[str, int]) -> None:
+    built = {name: parameter.numel() for name, parameter in model.module.named_parameters()}
+    if built != planned:
+        differing = sorted(set(built.items()) ^ set(planned.items()))
+        raise RuntimeError(f"the model on this rank is not the planned one: {differing[:4]}")
+    for name in built:
+        model.weights.rule(name)
+
+
+def _rank_map(rank: int, layouts: list[Layout], stages: list[tuple[int, ...]], engine: int) -> RankMap:
+    places = [(layout.dp_rank(rank), layout.pp_rank(rank), layout.tp_rank(rank)) for layout in layouts]
+    layers = []
+    for (_, stage, _), sizes in zip(places, stages, strict=True):
+        first = sum(sizes[:stage])
+        layers.append(range(first, first + sizes[stage]))
+    return RankMap(rank, places[0], layers[0], places[1], layers[1], (rank // engine, rank % engine))
+
+
+def print_dry_run(config: TrainConfig, world_size: int, ranks_per_node: int) -> None:
+    """`dry_run` of a configuration's models, printed; only their config.json is needed.
+
+    Raises UserError where the configuration's fields, its layouts or its formats do not go together.
+    """
+    models = check_models(config, world_size)
+    build_objective(config.objective, config.steps)
+    result = dry_run(config, models.student, models.teacher, world_size)
+    console = Console(width=120, highlight=False)
+    console.print(rank_table(result, ranks_per_node))
+    for rank, (student_size, teacher_size) in result.parameters.items():
+        console.print(f"built on rank {rank}: student {student_size:,}, teacher {teacher_size:,} parameters")
+    console.print(
+        f"{world_size} ranks: student {models.student_layout}, teacher {models.teacher_layout}; configuration, layouts "
+        "and models fit each other"
+    )
+
+
+def rank_table(result: DryRun, ranks_per_node: int) -> Table:
+    """One row a rank: its node, its place in each layout, its layers."""
+    table = Table(box=None, pad_edge=False)
+    columns = ["rank", "node", "student dp pp tp", "layers", "teacher dp pp tp", "layers", "engine", "tp"]
+    for column in columns:
+        table.add_column(column, justify="right")
+    for entry in result.ranks:
+        table.add_row(
+            str(entry.rank),
+            str(entry.rank // ranks_per_node),
+            " ".join(map(str, entry.student)),
+            _span(entry.student_layers),
+            " ".join(map(str, entry.teacher)),
+            _span(entry.teacher_layers),
+            *map(str, entry.engine),
+        )
+    return table
+
+
+def _span(layers: range) -> str:
+    return f"{layers.start}-{layers.stop - 1}"
