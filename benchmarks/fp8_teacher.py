@@ -1,7 +1,8 @@
 """What a teacher quantised to FP8 does to the method: its zones, entropies and divergences beside bfloat16's.
 
-    python benchmarks/fp8_teacher.py --config examples/smollm2/config.yaml --prompts math.jsonl \\
+    python benchmarks/fp8_teacher.py --prompts math.jsonl --source "what these are" \\
         --output benchmarks/results/fp8_teacher.json
+    python benchmarks/fp8_teacher.py --table benchmarks/results/fp8_teacher.json    # as docs/precision.md has it
 
 The student samples one response to each prompt; the teacher scores these in bfloat16 (the reference), in float32 (how
 far bfloat16 itself is off: the noise floor) and quantised by ModelOpt, on the CPU with FP8's rounding simulated. The
@@ -210,14 +211,52 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def table(content: dict[str, Any]) -> str:
+    """The results as a Markdown table; shifts are against the reference's row."""
+    columns = [
+        "teacher",
+        "zones as with bf16",
+        "Jaccard A / B / C",
+        "KL(bf16 teacher, this one)",
+        "entropy, mean (shift)",
+    ]
+    columns += ["forward KL, mean (shift)", "reverse KL, mean (shift)", "99 % of entropy shifts below"]
+    lines = [columns, ["---"] + ["---:"] * (len(columns) - 1)]
+    for row in content["rows"]:
+        low, high = row["zone_agreement_interval"]
+        means = [
+            f"{row[k]['mean']:.3f} ({row[k]['mean_shift']:+.3f})"
+            for k in ("teacher_entropy", "forward_kl", "reverse_kl")
+        ]
+        lines.append(
+            [
+                row["teacher"],
+                f"{row['zone_agreement']:.1%} ({low:.1%} to {high:.1%})",
+                " / ".join(f"{row['jaccard'][zone]:.3f}" for zone in "ABC"),
+                f"{row['teacher_divergence']:.4f}",
+                *means,
+                f"{row['teacher_entropy']['p99_absolute_shift']:.3f}",
+            ]
+        )
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="examples/smollm2/config.yaml")
-    parser.add_argument("--prompts", required=True, help="JSONL, as data.prompts")
-    parser.add_argument("--source", required=True, help="what these prompts are, for the results file")
+    parser.add_argument(
+        "--table", type=Path, metavar="RESULTS", help="only print the table of a results file"
+    )
+    parser.add_argument("--prompts", help="JSONL, as data.prompts")
+    parser.add_argument("--source", help="what these prompts are, for the results file")
     parser.add_argument("--tokens", type=int, default=160, help="longest response")
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=Path)
     options = parser.parse_args()
+    if options.table is not None:
+        print(table(json.loads(options.table.read_text())))
+        return 0
+    if None in (options.prompts, options.source, options.output):
+        parser.error("--prompts, --source and --output are needed to measure")
     prepare_environment(on_cpu=True)
     try:
         content = measure(options)

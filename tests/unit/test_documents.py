@@ -1,0 +1,21 @@
+"""Numbers in documents are those of the committed results."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "document"), [("fp8_teacher", "precision"), ("convert_memory", "conversion")]
+)
+def test_table_of_a_benchmark(benchmark: str, document: str) -> None:
+    results = f"benchmarks/results/{benchmark}.json"
+    command = [sys.executable, f"benchmarks/{benchmark}.py", "--table", results]
+    table = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    assert table in (ROOT / f"docs/{document}.md").read_text()
