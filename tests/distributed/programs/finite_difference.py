@@ -25,6 +25,7 @@ def float64_training() -> Iterator[None]:
     """Weights of both models and gradient buffers in float64; the production code has float32 buffers."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
+    from sead_megatron.models.precision import Precision
     from sead_megatron.training import models, student
 
     def wrap(model: Any, *, distributed_optimizer: bool) -> Any:
@@ -34,7 +35,8 @@ def float64_training() -> Iterator[None]:
         )
 
     with (
-        mock.patch.dict(models._DTYPES, {"float32": torch.float64}),
+        mock.patch.object(models, "student_precision", lambda config: Precision(torch.float64)),
+        mock.patch.object(models, "teacher_precision", lambda config: Precision(torch.float64)),
         mock.patch.object(student, "wrap_for_training", wrap),
     ):
         yield
