@@ -12,10 +12,15 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
-    ("benchmark", "document"), [("fp8_teacher", "precision"), ("convert_memory", "conversion")]
+    ("benchmark", "results", "document"),
+    [
+        ("fp8_teacher", "fp8_teacher", "precision"),
+        ("convert_memory", "convert_memory", "conversion"),
+        ("profile_trace", "profile_quickstart", "profiling"),
+    ],
 )
-def test_table_of_a_benchmark(benchmark: str, document: str) -> None:
-    results = f"benchmarks/results/{benchmark}.json"
+def test_table_of_a_benchmark(benchmark: str, results: str, document: str) -> None:
+    results = f"benchmarks/results/{results}.json"
     command = [sys.executable, f"benchmarks/{benchmark}.py", "--table", results]
     table = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     assert table in (ROOT / f"docs/{document}.md").read_text()
