@@ -125,7 +125,7 @@ def compare(
     """A row of the table: one teacher against the reference."""
     import torch
 
-    from sead_megatron.data.types import Zone
+    from sead_megatron.data.terms import Zone
     from sead_megatron.objectives.zones import assign_by_rank
 
     run, reference = runs[name], runs[REFERENCE]

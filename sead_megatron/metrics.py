@@ -67,6 +67,13 @@ _TABLE = [
     ),
     Metric("rollout/logprob_diff_mean", "nats", "|engine - trainer| logprob of sampled tokens, mean"),
     Metric("rollout/logprob_diff_max", "nats", "|engine - trainer| logprob of sampled tokens, maximum"),
+    Metric("advantage/mean", "nats", "advantage of the sampled tokens, mean over response tokens"),
+    Metric("importance/mean", "", "importance weight q(y) / mu(y) after clipping, mean over response tokens"),
+    Metric("importance/clipped", "share", "response tokens whose importance weight was clipped"),
+    Metric("reward/mean", "", "reward with the objective's bonuses and penalties, mean over rollouts"),
+    Metric("reward/equal_groups", "share", "rollouts of prompts whose rewards are all equal (no advantage)"),
+    Metric("gate/mean", "", "entropy gate of EGRSD, mean over response tokens"),
+    Metric("length_curriculum/stage", "", "stage of the length curriculum (decoupled), from 0"),
     Metric("tokens/active", "tokens", "response tokens with a non-zero coefficient"),
     Metric("tokens/response", "tokens", "response tokens of the global batch"),
     Metric(

@@ -55,6 +55,8 @@ def preflight(config: TrainConfig, local_world_size: int = 1, world_size: int | 
     check_disk(config, student)
     _check_weights(config.student.path, student)
     _check_weights(config.teacher.path, teacher)
+    if config.reference is not None:
+        _check_weights(config.reference.path, read_hf_config(config.reference.path))
     _check_prompts(config, min(student.vocab_size, teacher.vocab_size))
 
 

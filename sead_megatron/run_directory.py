@@ -41,6 +41,7 @@ _MAY_CHANGE = (
     "student.recompute",
     "teacher.parallel.",
     "teacher.offload_hidden",
+    "reference.parallel.",
     "rollout.tensor_parallel",
     "rollout.gpu_memory_utilization",
     "rollout.kv_cache_gib",
@@ -50,6 +51,7 @@ _MAY_CHANGE = (
     "metrics.",
     "kernel.",
     "evaluation.",
+    "profile.",
 )
 _MISSING = "(not set)"
 _ROLLOUT_FILE = re.compile(r"step_(\d+)\.jsonl")

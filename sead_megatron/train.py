@@ -16,7 +16,7 @@ from rich.console import Console
 
 from sead_megatron import metrics as metric_table
 from sead_megatron.config import TrainConfig
-from sead_megatron.data.types import Coefficients, Rollout, TokenTable
+from sead_megatron.data.types import Coefficients, Rollout, RolloutFacts, TokenTable
 from sead_megatron.evaluation.greedy import evaluate_greedy, pass_flags
 from sead_megatron.progress import Progress
 from sead_megatron.rollout.collect import as_rollout, generate_everywhere, request_seed
@@ -25,12 +25,13 @@ from sead_megatron.summary import summary_table
 from sead_megatron.training import step_metrics
 from sead_megatron.training.checkpoint import commit_checkpoint, load_checkpoint, write_checkpoint
 from sead_megatron.training.checkpoint_files import checkpoint_path, checkpoint_steps, read_state
+from sead_megatron.training.facts import rollout_facts
 from sead_megatron.training.flops import device_peak_flops, step_flops
 from sead_megatron.training.job import Job, build_job, run_path
+from sead_megatron.training.scoring import with_reference_column, with_teacher_columns
 from sead_megatron.training.step_plan import StepPlan, plan_step
 from sead_megatron.training.student import Update
-from sead_megatron.training.teacher import TeacherScores, entropy_columns, teacher_entropy
-from sead_megatron.training.token_columns import share_columns
+from sead_megatron.training.teacher import TeacherScores
 from sead_megatron.wandb_logger import WandbLogger
 
 log = logging.getLogger(__name__)
@@ -81,7 +82,9 @@ class Trainer:
         with self.phase("teacher"):
             plan = plan_step(rollouts, job.models.student.model.groups.layout, job.models.teacher.layout)
             scores = job.models.teacher.score(plan)
-            table = self.teacher_columns(plan, scores, TokenTable.from_rollouts(rollouts, job.device))
+            table = TokenTable.from_rollouts(rollouts, job.device, self.facts(rollouts, passed))
+            table = with_teacher_columns(job.models, job.objective, plan, scores, table)
+            table = with_reference_column(job.models, plan, table)
         engine_table = table
         with self.phase("stats"):
             table = self.token_stats(plan, scores, table)
@@ -98,7 +101,8 @@ class Trainer:
 
     def roll_out(self) -> tuple[list[Rollout], list[bool | None]]:
         """The step's rollouts in prompt order, on every rank, and whether each has the right answer."""
-        job, sampling = self.job, self.job.sampling()
+        job = self.job
+        sampling = job.sampling(job.objective.longest_response(self.step))
         batch = job.curriculum.next_batch(self.step)
         indices = [i for i in batch for _ in range(self.config.rollout.samples_per_prompt)]
         seeds = [request_seed(self.config.seed, self.step, i) for i in range(len(indices))]
@@ -107,39 +111,21 @@ class Trainer:
         passed = pass_flags(prompts, generations, job.tokenizer)
         job.engine.sleep()
         rollouts = [
-            as_rollout(i, prompt.token_ids, generation, job.engine.weight_version)
+            as_rollout(i, prompt.token_ids, generation, job.engine.weight_version, prompt.teacher_token_ids)
             for i, prompt, generation in zip(indices, prompts, generations, strict=True)
         ]
         return rollouts, passed
 
-    def teacher_columns(self, plan: StepPlan, scores: TeacherScores | None, table: TokenTable) -> TokenTable:
-        """Adds the teacher's entropy, when the objective reads it and its own statistics will not bring it."""
-        job, objective = self.job, self.job.objective
-        from_stats = objective.uses_trainer_entropy and not objective.teacher_topk
-        if not objective.needs_teacher_entropy or from_stats:
-            return table
-        student = job.models.student
-        measured = {}
-        if scores is not None and job.models.teacher_output is not None:
-            measured = teacher_entropy(
-                scores,
-                job.models.teacher_output,
-                student.model.groups,
-                student.shard,
-                temperature=self.config.objective.temperature,
-                topk=objective.teacher_topk,
-                options=student.tile_options,
-            )
-        token_index = None if scores is None else scores.token_index
-        columns = share_columns(
-            entropy_columns(objective.teacher_topk),
-            measured,
-            token_index,
-            plan.num_tokens,
-            student.model.groups,
-            job.device,
+    def facts(self, rollouts: list[Rollout], passed: list[bool | None]) -> RolloutFacts:
+        """What an objective may know of whole rollouts."""
+        return rollout_facts(
+            rollouts,
+            passed,
+            self.job.prompts,
+            self.job.difficulties,
+            samples_per_prompt=self.config.rollout.samples_per_prompt,
+            longest=self.job.objective.longest_response(self.step) or self.config.rollout.max_new_tokens,
         )
-        return table.with_columns(**columns)
 
     def measures_everything(self) -> bool:
         """Whether this step needs, or is due for, the statistics of every token."""
@@ -157,8 +143,9 @@ class Trainer:
         columns = self.job.models.student.token_stats(plan, scores)
         if not self.job.objective.uses_trainer_entropy:
             del columns["student_entropy"]
-        if table.teacher_entropy is not None:
-            del columns["teacher_entropy"]
+        for name in ("teacher_entropy", "teacher_logprob"):
+            if getattr(table, name) is not None:
+                del columns[name]
         return table.with_columns(**columns)
 
     def count_skipped(self, update: Update) -> None:

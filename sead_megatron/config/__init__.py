@@ -3,7 +3,6 @@ imported."""
 
 from sead_megatron.config.checks import CheckedModels, CheckedRun, check_config, check_models
 from sead_megatron.config.load import dump_config, load_config
-from sead_megatron.config.objective import Objective, OpdObjective, SeadObjective, ZoneShares
 from sead_megatron.config.schema import (
     BatchConfig,
     CheckpointConfig,
@@ -31,17 +30,13 @@ __all__ = [
     "EvaluationConfig",
     "KernelConfig",
     "MetricsConfig",
-    "Objective",
-    "OpdObjective",
     "OptimizerConfig",
     "ParallelConfig",
     "PrecisionConfig",
     "RolloutConfig",
-    "SeadObjective",
     "StudentConfig",
     "TeacherConfig",
     "TrainConfig",
-    "ZoneShares",
     "check_config",
     "check_models",
     "dump_config",

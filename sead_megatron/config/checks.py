@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from sead_megatron.config.checks_fields import check_fields, check_model_limits, check_profile
 from sead_megatron.config.checks_inputs import check_inputs
-from sead_megatron.config.checks_layout import check_layouts
+from sead_megatron.config.checks_layout import check_layouts, check_reference
 from sead_megatron.config.checks_precision import check_precision
 from sead_megatron.config.schema import TrainConfig
 from sead_megatron.models.architecture import HFConfig
@@ -59,6 +59,7 @@ def check_models(config: TrainConfig, world_size: int) -> CheckedModels:
     teacher = read_hf_config(config.teacher.path, "teacher.path")
     check_model_limits(config, student, teacher)
     layouts = check_layouts(config, world_size, student, teacher)
+    check_reference(config, world_size, layouts[0], student)
     check_precision(config, student, teacher)
     return CheckedModels(student, teacher, *layouts)
 

@@ -1,10 +1,11 @@
 """Do the fields agree with each other and with the models' config.json? No file is opened here."""
 
-from sead_megatron.config.objective import SeadObjective
+from sead_megatron.config.checks_objective import check_objective
 from sead_megatron.config.schema import ProfileConfig, TrainConfig
 from sead_megatron.errors import UserError, alternatives
 from sead_megatron.models.architecture import HFConfig
 from sead_megatron.models.registry import FAMILIES
+from sead_megatron.objectives.sead import SeadObjective
 
 
 def check_fields(config: TrainConfig) -> None:
@@ -13,8 +14,7 @@ def check_fields(config: TrainConfig) -> None:
     _check_evaluation(config)
     _check_curriculum(config)
     _check_optimizer(config)
-    if isinstance(config.objective, SeadObjective):
-        _check_sead(config.objective, config.steps)
+    check_objective(config)
     if config.device == "cpu" and config.rollout.kv_cache_gib is None:
         raise UserError("rollout.kv_cache_gib", None, "required with device: cpu", "use for example 1.0")
 
@@ -153,25 +153,4 @@ def _check_optimizer(config: TrainConfig) -> None:
             optimizer.min_lr,
             f"must be at most lr ({optimizer.lr:g})",
             "lower it or raise lr",
-        )
-
-
-def _check_sead(objective: SeadObjective, steps: int) -> None:
-    zones = objective.zones
-    total = zones.a + zones.b + zones.c
-    if abs(total - 100) > 1e-9:
-        raise UserError(
-            "objective.zones",
-            zones.model_dump(),
-            f"must sum to 100 (they sum to {total:g})",
-            f"use for example b: {100 - zones.a - zones.c:g}"
-            if zones.a + zones.c <= 100
-            else "use a: 50, b: 40, c: 10",
-        )
-    if objective.zone_mode == "absolute" and objective.absolute_after >= steps:
-        raise UserError(
-            "objective.absolute_after",
-            objective.absolute_after,
-            f"must be less than steps ({steps}), or the thresholds are never frozen",
-            "lower it, or use zone_mode: percentile",
         )

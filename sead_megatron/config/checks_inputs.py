@@ -3,6 +3,7 @@ read."""
 
 from pathlib import Path
 
+from sead_megatron.config.checks_objective import check_prompts_for
 from sead_megatron.config.schema import TrainConfig
 from sead_megatron.data.difficulty import read_difficulties
 from sead_megatron.data.prompts import read_prompts
@@ -18,7 +19,8 @@ def check_inputs(config: TrainConfig) -> int:
         raise UserError("run_dir", config.run_dir, "exists and is not a directory", "give another path")
     _check_tokenizers(config)
     prompts = _check_prompts(config)
-    for directory in (config.student.path, config.teacher.path):
+    reference = [] if config.reference is None else [config.reference.path]
+    for directory in (config.student.path, config.teacher.path, *reference):
         if is_distributed(directory):
             check_converted(directory)
         else:
@@ -37,10 +39,13 @@ def _check_tokenizers(config: TrainConfig) -> None:
         check_same_tokenizer(config.tokenizer, config.student.path, "tokenizer", "student.path")
         check_same_tokenizer(config.tokenizer, config.teacher.path, "tokenizer", "teacher.path")
         check_same_tokenizer(config.student.path, config.teacher.path)
+    if config.reference is not None:
+        check_same_tokenizer(config.student.path, config.reference.path, "student.path", "reference.path")
 
 
 def _check_prompts(config: TrainConfig) -> int:
     prompts = read_prompts(config.data.prompts)
+    check_prompts_for(config, prompts)
     per_step = config.data.prompts_per_step
     if per_step > len(prompts):
         raise UserError(

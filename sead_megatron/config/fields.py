@@ -6,7 +6,7 @@ from typing import get_args
 from pydantic.fields import FieldInfo
 
 from sead_megatron.config.schema import TrainConfig
-from sead_megatron.config.section import Section
+from sead_megatron.section import Section
 
 Sections = tuple[type[Section], ...]
 

@@ -106,7 +106,9 @@ def _first_mistake(errors: Sequence[ErrorDetails]) -> UserError:
         path, value = f"{path}.name", context["tag"]
     if value is None:
         constraint += ", not null"
-    return UserError(path, value, constraint, _remedy(find_field(path.split("."))))
+    # Of the variant that was chosen: another one may have a field of this name and another example.
+    field = sections[0].model_fields.get(path.rpartition(".")[2]) or find_field(path.split("."))
+    return UserError(path, value, constraint, _remedy(field))
 
 
 def _constraint(error: ErrorDetails) -> str:

@@ -5,8 +5,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from sead_megatron.config.objective import Objective, SeadObjective
-from sead_megatron.config.section import (
+from sead_megatron.objectives import AnyObjective
+from sead_megatron.objectives.sead import SeadObjective
+from sead_megatron.section import (
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -59,6 +60,20 @@ class TeacherConfig(Section):
     all, as some versions of transformers compute it."""
     offload_hidden: bool = False
     """Keep the teacher's hidden states in host memory until their microbatch needs them."""
+    context: str | None = Field(default=None, examples=["{problem}\n\nA correct solution:\n{solution}"])
+    """What the teacher reads in place of the last message of a prompt: `{problem}` is that message, `{solution}` the
+    prompt's `solution` (a gold solution that the student does not see). Default: the teacher reads what the student
+    reads."""
+
+
+class ReferenceConfig(Section):
+    """A frozen third model whose logprobs of the sampled tokens some objectives subtract."""
+
+    path: Name = Field(examples=["models/student"])
+    """Hugging Face or converted directory; of the teacher's vocabulary. The initial student, or what the teacher was
+    before its own training."""
+    parallel: ParallelConfig = ParallelConfig()
+    """Layout of the reference model over the same ranks; its blocks must nest with the student's."""
 
 
 FP8_RECIPES = {"fp8_tensorwise": "tensorwise", "fp8_blockwise": "blockwise", "fp8_mxfp8": "mxfp8"}
@@ -283,6 +298,8 @@ class TrainConfig(Section):
     """The model that is trained."""
     teacher: TeacherConfig
     """The model that scores."""
+    reference: ReferenceConfig | None = Field(default=None, examples=[{"path": "models/student"}])
+    """The reference model of `gopd` and of GRPO's KL term. It is computed in the teacher's precision."""
     precision: PrecisionConfig = PrecisionConfig()
     """Number formats of both models."""
     data: DataConfig
@@ -293,8 +310,8 @@ class TrainConfig(Section):
     """Sampling."""
     curriculum: CurriculumConfig = CurriculumConfig()
     """Order of the prompts."""
-    objective: Objective = SeadObjective()
-    """The loss: `name: sead` or `name: opd`, and its settings."""
+    objective: AnyObjective = SeadObjective()
+    """The loss: `name: sead`, `name: opd` or another method of `sead_megatron/objectives`, and its settings."""
     kernel: KernelConfig = KernelConfig()
     """The loss kernel."""
     batch: BatchConfig

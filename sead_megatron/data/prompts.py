@@ -19,10 +19,12 @@ class PromptRecord:
     messages: list[dict[str, str]]
     answer: str | None
     domain: str | None
+    solution: str | None = None
 
 
 def read_prompts(path: str | Path, what: str = "data.prompts") -> list[PromptRecord]:
-    """Read JSONL: `{"id", "messages": [{"role", "content"}] or "prompt": text, "answer"?, "domain"?}` a line.
+    """Read JSONL: `{"id", "messages": [{"role", "content"}] or "prompt": text, "answer"?, "domain"?,
+    "solution"?}` a line.
 
     Other keys and blank lines are ignored. `what` names the field in errors. Raises UserError: no file, no
     prompt, a malformed line (with its number), a missing or ill-typed key, an id twice.
@@ -43,6 +45,7 @@ def read_prompts(path: str | Path, what: str = "data.prompts") -> list[PromptRec
                 _messages(entry, where),
                 _text(entry, "answer", where),
                 _text(entry, "domain", where),
+                _text(entry, "solution", where),
             )
         )
     if not records:

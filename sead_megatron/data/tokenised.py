@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 from sead_megatron.config import TrainConfig
 from sead_megatron.data.prompts import PromptRecord, check_prompt_lengths, read_prompts
@@ -12,8 +14,35 @@ from sead_megatron.models.tokenizer import Tokenizer
 
 
 def training_prompts(config: TrainConfig, tokenizer: Tokenizer) -> list[Prompt]:
-    """The prompts to train on; UserError as in `tokenise`."""
-    return tokenise(read_prompts(config.data.prompts), tokenizer, config, config.rollout.max_new_tokens)
+    """The prompts to train on, as the teacher reads them too; UserError as in `tokenise`."""
+    records = read_prompts(config.data.prompts)
+    prompts = tokenise(records, tokenizer, config, config.rollout.max_new_tokens)
+    if config.teacher.context is None:
+        return prompts
+    return [
+        replace(prompt, teacher_token_ids=_teacher_ids(record, config, tokenizer))
+        for prompt, record in zip(prompts, records, strict=True)
+    ]
+
+
+def _teacher_ids(record: PromptRecord, config: TrainConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The prompt with `teacher.context` in place of its last message. UserError when a row cannot hold it."""
+    context = config.teacher.context or ""
+    *earlier, last = record.messages
+    # Not str.format: a problem and its solution are full of braces.
+    parts = {"{problem}": last["content"], "{solution}": record.solution or ""}
+    content = re.sub(r"\{problem\}|\{solution\}", lambda found: parts[found[0]], context)
+    ids = tokenizer.encode_messages([*earlier, {**last, "content": content}])
+    room = config.batch.max_tokens_per_microbatch - config.rollout.max_new_tokens
+    if len(ids) > room:
+        raise UserError(
+            "batch.max_tokens_per_microbatch",
+            config.batch.max_tokens_per_microbatch,
+            f"leaves {room} tokens for what the teacher reads beside a response, and prompt {record.id!r} has "
+            f"{len(ids)}",
+            f"use at least {len(ids) + config.rollout.max_new_tokens}, or remove long solutions",
+        )
+    return tuple(ids)
 
 
 def evaluation_prompts(config: TrainConfig, tokenizer: Tokenizer) -> list[Prompt]:

@@ -5,34 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from enum import IntEnum
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-
-class Term(IntEnum):
-    """Column of ``Coefficients.weights``; the order of ``sead_kernels.split_kl.COEFFICIENTS``."""
-
-    FORWARD_KL = 0
-    REVERSE_KL = 1
-    ENTROPY = 2
-    LOGPROB = 3
-
-
-class Zone(IntEnum):
-    """Value of ``Coefficients.zones`` (SEAD, arXiv 2606.28562, section 2.3)."""
-
-    A = 0
-    B = 1
-    C = 2
+from sead_megatron.data.terms import Term
 
 
 @dataclass(frozen=True)
 class Prompt:
     """One training or evaluation prompt; ``token_ids`` is the rendered chat up to the response.
+
+    ``teacher_token_ids`` is what the teacher reads in its place, where that is something else (`teacher.context`).
 
     Raises ValueError when it has no token: nothing could predict the first response token.
     """
@@ -42,6 +28,7 @@ class Prompt:
     answer: str | None
     domain: str | None
     token_ids: tuple[int, ...]
+    teacher_token_ids: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.token_ids:
@@ -60,6 +47,9 @@ class Rollout:
         entropies: float32 [R], the student's full-vocabulary entropy at the loss' temperature, in nats.
         finished: False when the response was cut by ``max_new_tokens``.
         weight_version: version of the student weights that sampled it.
+        sampling_logprobs: float32 [R], log probability of each sampled token at the sampling temperature (before top-p
+            and top-k), or None where it is not known.
+        teacher_prompt_ids: int32 [P'], the prompt that the teacher reads, or None where it is ``prompt_ids``.
 
     Raises ValueError for another dtype or shape.
     """
@@ -71,6 +61,8 @@ class Rollout:
     entropies: npt.NDArray[np.float32]
     finished: bool
     weight_version: int
+    sampling_logprobs: npt.NDArray[np.float32] | None = None
+    teacher_prompt_ids: npt.NDArray[np.int32] | None = None
 
     def __post_init__(self) -> None:
         expected = {
@@ -78,9 +70,13 @@ class Rollout:
             "response_ids": np.int32,
             "logprobs": np.float32,
             "entropies": np.float32,
+            "sampling_logprobs": np.float32,
+            "teacher_prompt_ids": np.int32,
         }
         for name, dtype in expected.items():
             array = getattr(self, name)
+            if array is None:
+                continue
             if array.ndim != 1 or array.dtype != dtype:
                 raise ValueError(
                     f"rollout {name} must be a 1-D {np.dtype(dtype)} array, got {array.dtype} {array.shape}"
@@ -92,11 +88,58 @@ class Rollout:
                 f"rollout of prompt {self.prompt_index} has {len(self.response_ids)} response tokens, "
                 f"{len(self.logprobs)} logprobs and {len(self.entropies)} entropies"
             )
+        if self.sampling_logprobs is not None and len(self.sampling_logprobs) != len(self.response_ids):
+            raise ValueError(
+                f"rollout of prompt {self.prompt_index} has {len(self.response_ids)} response tokens and "
+                f"{len(self.sampling_logprobs)} sampling_logprobs"
+            )
 
     @property
     def length(self) -> int:
         """Tokens of prompt and response together, P + R."""
         return len(self.prompt_ids) + len(self.response_ids)
+
+    def as_read_by_teacher(self) -> Rollout:
+        """The same response behind the teacher's prompt."""
+        if self.teacher_prompt_ids is None:
+            return self
+        return replace(self, prompt_ids=self.teacher_prompt_ids, teacher_prompt_ids=None)
+
+
+@dataclass(frozen=True, eq=False)
+class RolloutFacts:
+    """What is known of each of the S rollouts of the global batch as a whole; tensors on the CPU.
+
+    Attributes:
+        group: int64 [S], rollouts of one prompt have the same number; consecutive, from 0.
+        reward: float32 [S], 1 for the right final answer and 0 for another; NaN without a gold answer.
+        finished: bool [S], False where the response was cut.
+        longest: the longest response that was allowed, tokens.
+        difficulty: float32 [S], 1 - pass rate of the prompt, or None without difficulties.
+        domains: the prompts' domains.
+
+    Raises ValueError for another dtype or shape.
+    """
+
+    group: Tensor
+    reward: Tensor
+    finished: Tensor
+    longest: int
+    difficulty: Tensor | None = None
+    domains: tuple[str | None, ...] = ()
+
+    def __post_init__(self) -> None:
+        wanted = {
+            "group": torch.int64,
+            "reward": torch.float32,
+            "finished": torch.bool,
+            "difficulty": torch.float32,
+        }
+        for name, dtype in wanted.items():
+            column = getattr(self, name)
+            if column is not None and (column.dtype != dtype or column.shape != self.group.shape):
+                actual = f"{column.dtype} {tuple(column.shape)}"
+                raise ValueError(f"{name} must be {dtype} {list(self.group.shape)}, got {actual}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,8 +151,9 @@ class TokenTable:
     ``offsets[i]:offsets[i+1]``. Every other column is float32 [N], detached, in nats, at the loss' temperature,
     or None when it was not measured. Where ``teacher_entropy`` is that of a top-k, the exact one is larger by at
     most ``teacher_entropy_slack``. ``rollout_logprob`` is the engine's, ``student_logprob`` the trainer's, of
-    the sampled token; KL directions: ``forward_kl`` = KL(teacher || student), ``reverse_kl`` =
-    KL(student || teacher).
+    the sampled token; ``sampling_logprob`` is the engine's at the sampling temperature, ``reference_logprob`` that of
+    a frozen third model. ``rollouts`` tells what is known of whole rollouts. KL directions: ``forward_kl`` =
+    KL(teacher || student), ``reverse_kl`` = KL(student || teacher).
 
     Raises ValueError for a wrong dtype, shape or device, or for a column that requires grad.
     """
@@ -123,6 +167,9 @@ class TokenTable:
     student_logprob: Tensor | None = None
     teacher_logprob: Tensor | None = None
     rollout_logprob: Tensor | None = None
+    sampling_logprob: Tensor | None = None
+    reference_logprob: Tensor | None = None
+    rollouts: RolloutFacts | None = None
 
     def __post_init__(self) -> None:
         offsets = self.offsets
@@ -147,20 +194,29 @@ class TokenTable:
 
     @classmethod
     def column_names(cls) -> tuple[str, ...]:
-        """Names of the statistic columns, without ``offsets``."""
-        return tuple(f.name for f in fields(cls) if f.name != "offsets")
+        """Names of the statistic columns, without ``offsets`` and ``rollouts``."""
+        return tuple(f.name for f in fields(cls) if f.name not in ("offsets", "rollouts"))
 
     @classmethod
-    def from_rollouts(cls, rollouts: Sequence[Rollout], device: torch.device | str) -> TokenTable:
-        """The global batch with what the engine measured: ``rollout_logprob`` and ``student_entropy``."""
+    def from_rollouts(
+        cls, rollouts: Sequence[Rollout], device: torch.device | str, facts: RolloutFacts | None = None
+    ) -> TokenTable:
+        """The global batch with what the engine measured: ``rollout_logprob``, ``student_entropy`` and, where every
+        rollout has it, ``sampling_logprob``."""
         lengths = torch.tensor([0] + [len(r.response_ids) for r in rollouts], dtype=torch.int64)
         empty = np.empty(0, dtype=np.float32)
         logprobs = np.concatenate([empty, *(r.logprobs for r in rollouts)])
         entropies = np.concatenate([empty, *(r.entropies for r in rollouts)])
+        sampling = [r.sampling_logprobs for r in rollouts if r.sampling_logprobs is not None]
+        sampled = len(sampling) == len(rollouts)
         return cls(
             offsets=lengths.cumsum(0),
             student_entropy=torch.from_numpy(entropies).to(device),
             rollout_logprob=torch.from_numpy(logprobs).to(device),
+            sampling_logprob=torch.from_numpy(np.concatenate([empty, *sampling])).to(device)
+            if sampled
+            else None,
+            rollouts=facts,
         )
 
     @property
@@ -183,6 +239,49 @@ class TokenTable:
             raise IndexError(f"rollout {rollout} of {self.num_rollouts}")
         return slice(int(self.offsets[rollout]), int(self.offsets[rollout + 1]))
 
+    @property
+    def lengths(self) -> Tensor:
+        """Response tokens of each rollout, int64 [S] on the CPU."""
+        return self.offsets.diff()
+
+    def every_token(self) -> Tensor:
+        """bool [N], all true."""
+        return torch.ones(self.num_tokens, dtype=torch.bool, device=self.device)
+
+    def rollout_of_token(self) -> Tensor:
+        """The rollout of each token, int64 [N], on the columns' device."""
+        numbers = torch.arange(self.num_rollouts).repeat_interleave(self.lengths)
+        return numbers.to(self.device)
+
+    def position(self) -> Tensor:
+        """Index of each token within its response, int64 [N], on the columns' device."""
+        starts = self.offsets[:-1].repeat_interleave(self.lengths)
+        return (torch.arange(self.num_tokens) - starts).to(self.device)
+
+    def of_tokens(self, values: Tensor) -> Tensor:
+        """A value of each rollout [S], repeated for its tokens: [N] on the columns' device."""
+        return values.repeat_interleave(self.lengths.to(values.device)).to(self.device)
+
+    def rollout_sum(self, column: Tensor) -> Tensor:
+        """Sum of a column over the tokens of each rollout, float64 [S] on the CPU."""
+        sums = torch.zeros(self.num_rollouts, dtype=torch.float64)
+        return sums.index_add_(0, self.rollout_of_token().cpu(), column.detach().double().cpu())
+
+    def rollout_mean(self, column: Tensor) -> Tensor:
+        """Mean over the tokens of each rollout, float64 [S] on the CPU; 0 for a rollout without a token."""
+        return self.rollout_sum(column) / self.lengths.clamp_min(1)
+
+    @property
+    def policy_logprob(self) -> Tensor:
+        """Student's logprob of the sampled tokens: the trainer's where it was measured, else the engine's."""
+        return self.student_logprob if self.student_logprob is not None else self.require("rollout_logprob")
+
+    def facts(self) -> RolloutFacts:
+        """``rollouts``, or ValueError when nothing is known of them."""
+        if self.rollouts is None:
+            raise ValueError("the token table has no facts about its rollouts (rewards, groups)")
+        return self.rollouts
+
     def require(self, name: str) -> Tensor:
         """The column, or ValueError when it was not measured."""
         column: Tensor | None = getattr(self, name)
@@ -195,7 +294,12 @@ class TokenTable:
         unknown = sorted(set(columns) - set(self.column_names()))
         if unknown:
             raise ValueError(f"no such columns: {unknown}; there are {list(self.column_names())}")
-        return replace(self, **columns)
+        return replace(self, **columns)  # type: ignore[arg-type]  # the names are those of columns
+
+
+def empty_weights(table: TokenTable) -> Tensor:
+    """Zeros float32 [N, 4] on the device of the table's columns."""
+    return torch.zeros(table.num_tokens, len(Term), dtype=torch.float32, device=table.device)
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,25 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Union
 
-from sead_megatron.objectives.base import Objective
-from sead_megatron.objectives.opd import Opd
-from sead_megatron.objectives.sead import Sead
+from pydantic import Field
 
-if TYPE_CHECKING:
-    from sead_megatron.config.objective import Objective as ObjectiveConfig
+from sead_megatron.objectives.base import Objective, ObjectiveSection
+from sead_megatron.objectives.dasd import Dasd, DasdObjective
+from sead_megatron.objectives.decoupled import Decoupled, DecoupledObjective
+from sead_megatron.objectives.drkl import Drkl, DrklObjective
+from sead_megatron.objectives.egrsd import Egrsd, EgrsdObjective
+from sead_megatron.objectives.gopd import Gopd, GopdObjective
+from sead_megatron.objectives.grpo import Grpo, GrpoObjective
+from sead_megatron.objectives.opd import Opd, OpdObjective
+from sead_megatron.objectives.paced import Paced, PacedObjective
+from sead_megatron.objectives.reopold import Reopold, ReopoldObjective
+from sead_megatron.objectives.scope import Scope, ScopeObjective
+from sead_megatron.objectives.sead import Sead, SeadObjective
+from sead_megatron.objectives.sekd import Sekd, SekdObjective
+from sead_megatron.objectives.tip import Tip, TipObjective
+from sead_megatron.objectives.vopd import Vopd, VopdObjective
 
-OBJECTIVES: dict[str, Callable[[Any, int], Objective]] = {
-    "opd": Opd,
-    "sead": Sead,
+# Name -> its section of the configuration and what computes it.
+OBJECTIVES: dict[str, tuple[type[ObjectiveSection], type[Objective[Any]]]] = {
+    "sead": (SeadObjective, Sead),
+    "opd": (OpdObjective, Opd),
+    "dasd": (DasdObjective, Dasd),
+    "decoupled": (DecoupledObjective, Decoupled),
+    "drkl": (DrklObjective, Drkl),
+    "egrsd": (EgrsdObjective, Egrsd),
+    "gopd": (GopdObjective, Gopd),
+    "grpo": (GrpoObjective, Grpo),
+    "paced": (PacedObjective, Paced),
+    "reopold": (ReopoldObjective, Reopold),
+    "scope": (ScopeObjective, Scope),
+    "sekd": (SekdObjective, Sekd),
+    "tip": (TipObjective, Tip),
+    "vopd": (VopdObjective, Vopd),
 }
 
+if TYPE_CHECKING:
+    AnyObjective = ObjectiveSection
+else:
+    AnyObjective = Annotated[
+        Union[tuple(section for section, _ in OBJECTIVES.values())],  # noqa: UP007
+        Field(discriminator="name"),
+    ]
+"""The field `objective` of the configuration: any of the sections, told apart by `name`."""
 
-def build_objective(config: ObjectiveConfig, total_steps: int) -> Objective:
+
+def build_objective(config: ObjectiveSection, total_steps: int) -> Objective[Any]:
     """The objective that ``config.name`` says, for a run of ``total_steps`` updates."""
-    return OBJECTIVES[config.name](config, total_steps)
+    return OBJECTIVES[config.name][1](config, total_steps)
 
 
-__all__ = ["OBJECTIVES", "Objective", "build_objective"]
+__all__ = ["OBJECTIVES", "AnyObjective", "Objective", "ObjectiveSection", "build_objective"]

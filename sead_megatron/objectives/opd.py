@@ -1,47 +1,46 @@
-"""Vanilla on-policy distillation: the full reverse KL on every response token."""
+"""Vanilla on-policy distillation: the reverse KL on every response token, in full or through the sampled token."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
-import torch
-
-from sead_megatron.data.types import Coefficients, Term, TokenTable
-from sead_megatron.objectives.base import token_metrics
+from sead_megatron.data.terms import Term
+from sead_megatron.objectives.advantages import log_ratio, policy_gradient
+from sead_megatron.objectives.base import Objective, PolicyGradientSection, coefficients_of
 
 if TYPE_CHECKING:
-    from sead_megatron.config.objective import OpdObjective
+    from sead_megatron.data.types import Coefficients, TokenTable
 
 
-class Opd:
-    """``L = 1/N * sum_t RKL_t`` over the N response tokens of the global batch.
+class OpdObjective(PolicyGradientSection):
+    """Vanilla on-policy distillation: reverse KL, student to teacher, on every response token.
 
-    Source: arXiv 2606.28562, Eq. 2 and the baseline of section 3.1 ("full-token RKL"). The divergence is
-    differentiated directly; this is not the sampled-token policy gradient ("RKL k=1" in the paper's tables).
+    Ambiguity: SEAD's tables call the baseline "OPD (RKL k=1)", its section 3.1 "full-token RKL": `form` has both.
     """
 
-    needs_teacher_entropy = False
-    uses_trainer_entropy = False
-    teacher_topk = 0
+    name: Literal["opd"] = "opd"
+    """`opd`."""
+    form: Literal["full", "sampled"] = "full"
+    """`full`: the divergence over the whole vocabulary, differentiated directly. `sampled`: policy gradient with the
+    advantage log p(y) - log q(y) of the sampled token, an unbiased estimate of the same gradient (Thinking Machines,
+    2025; "k=1")."""
 
-    def __init__(self, config: OpdObjective, total_steps: int) -> None:
-        pass
+    @property
+    def follows_sampled_tokens(self) -> bool:
+        return self.form == "sampled"
 
-    def needs_token_stats(self, step: int) -> bool:
-        return False
+
+class Opd(Objective[OpdObjective]):
+    """``L = 1/N * sum_t RKL_t`` over the N response tokens of the global batch.
+
+    Source: arXiv 2606.28562, Eq. 2 and the baseline of section 3.1.
+    """
+
+    @property
+    def needs_teacher_logprob(self) -> bool:
+        return self.config.form == "sampled"
 
     def coefficients(self, table: TokenTable, step: int) -> Coefficients:
-        weights = torch.zeros(table.num_tokens, len(Term), dtype=torch.float32, device=table.device)
-        weights[:, Term.REVERSE_KL] = 1.0
-        return Coefficients(
-            weights=weights,
-            normalizer=float(max(1, table.num_tokens)),
-            metrics=token_metrics(table, active=table.num_tokens),
-        )
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state:
-            raise ValueError(f"opd has no state, got {sorted(state)}")
+        if self.config.form == "full":
+            return coefficients_of(table, {Term.REVERSE_KL: 1.0}, float(table.num_tokens))
+        return policy_gradient(table, log_ratio(table), float(table.num_tokens), self.config.importance_clip)

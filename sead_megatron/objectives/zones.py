@@ -18,12 +18,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
+from sead_megatron.data.terms import Zone
 
-from sead_megatron.data.types import Zone
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ZoneScore = Literal["max_rank", "student", "sum_rank"]
 
@@ -40,12 +40,6 @@ def zone_counts(num_tokens: int, share_a: float, share_c: float) -> tuple[int, i
     exact_a, exact_c = (Fraction(str(share)) * num_tokens / 100 for share in (share_a, share_c))
     count_a, count_c = math.ceil(exact_a - half), math.floor(exact_c + half)
     return count_a, num_tokens - count_a - count_c, count_c
-
-
-def _ranks(order: Tensor) -> Tensor:
-    ranks = torch.empty_like(order)
-    ranks[order] = torch.arange(len(order), device=order.device)
-    return ranks
 
 
 def assign_by_rank(
@@ -73,21 +67,22 @@ def assign_by_rank(
     """
     num_tokens = len(teacher_entropy)
     count_a, _, count_c = zone_counts(num_tokens, share_a, share_c)
-    zones = torch.full((num_tokens,), Zone.B, dtype=torch.int8, device=teacher_entropy.device)
-    teacher_order = torch.argsort(teacher_entropy, stable=True)
-    student_order = torch.argsort(student_entropy, stable=True)
+    zones = teacher_entropy.new_full((num_tokens,), Zone.B).char()
+    teacher_order = teacher_entropy.argsort(stable=True)
+    student_order = student_entropy.argsort(stable=True)
     zones[teacher_order[num_tokens - count_c :]] = Zone.C
 
-    teacher_rank, student_rank = _ranks(teacher_order), _ranks(student_order)
+    # The inverse of a permutation sorts it.
+    teacher_rank, student_rank = teacher_order.argsort(), student_order.argsort()
     if score == "max_rank":
-        joint = torch.maximum(teacher_rank, student_rank)
+        joint = teacher_rank.maximum(student_rank)
     elif score == "sum_rank":
         joint = teacher_rank + student_rank
     else:
         joint = student_rank
     # Candidates in student order: the stable sort then breaks equal scores by the student's rank.
     rest = student_order[zones[student_order] != Zone.C]
-    zones[rest[torch.argsort(joint[rest], stable=True)[:count_a]]] = Zone.A
+    zones[rest[joint[rest].argsort(stable=True)[:count_a]]] = Zone.A
     return zones
 
 
@@ -145,7 +140,7 @@ def assign_by_threshold(
 ) -> Tensor:
     """Zones by fixed entropies, int8 [N]: their shares follow the models instead of staying constant. NaN
     goes to B."""
-    zones = torch.full((len(teacher_entropy),), Zone.B, dtype=torch.int8, device=teacher_entropy.device)
+    zones = teacher_entropy.new_full((len(teacher_entropy),), Zone.B).char()
     low_in_both = (teacher_entropy <= thresholds.a_teacher) & (student_entropy <= thresholds.a_student)
     zones[low_in_both] = Zone.A
     zones[teacher_entropy >= thresholds.teacher] = Zone.C

@@ -80,12 +80,12 @@ class Layout:
         ]
 
 
-def check_nested(student: Layout, teacher: Layout) -> None:
+def check_nested(student: Layout, teacher: Layout, name: str = "teacher") -> None:
     """Refuse layouts whose model-parallel blocks do not nest.
 
     One side's block must be a multiple of the other's: the teacher replica that covers a block scores the
     sequences of the student replicas on the same ranks, which is only possible when no block straddles
-    another's border.
+    another's border. `name`: the section that describes the frozen model.
     """
     if student.world != teacher.world:
         raise ValueError(f"layouts of different worlds: {student.world} and {teacher.world} ranks")
@@ -97,9 +97,9 @@ def check_nested(student: Layout, teacher: Layout) -> None:
         size for size in range(1, world + 1) if world % size == 0 and (size % block == 0 or block % size == 0)
     ]
     raise UserError(
-        "teacher.parallel",
+        f"{name}.parallel",
         f"TP{teacher.tensor} PP{teacher.pipeline}",
         f"its block of {teacher.block_size} ranks must be a multiple or a divisor of the student's block of "
         f"{block} (TP{student.tensor} PP{student.pipeline})",
-        f"choose a teacher tensor * pipeline of {alternatives(nesting)}",
+        f"choose a {name} tensor * pipeline of {alternatives(nesting)}",
     )

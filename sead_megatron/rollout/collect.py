@@ -17,9 +17,13 @@ def request_seed(*key: int) -> int:
 
 
 def as_rollout(
-    prompt_index: int, prompt_ids: Sequence[int], generation: Generation, weight_version: int
+    prompt_index: int,
+    prompt_ids: Sequence[int],
+    generation: Generation,
+    weight_version: int,
+    teacher_prompt_ids: Sequence[int] | None = None,
 ) -> Rollout:
-    """What the trainer keeps of a generation."""
+    """What the trainer keeps of a generation; `teacher_prompt_ids` where the teacher reads another prompt."""
     return Rollout(
         prompt_index=prompt_index,
         prompt_ids=np.asarray(prompt_ids, dtype=np.int32),
@@ -28,6 +32,10 @@ def as_rollout(
         entropies=generation.entropies,
         finished=generation.finished,
         weight_version=weight_version,
+        sampling_logprobs=generation.sampling_logprobs,
+        teacher_prompt_ids=None
+        if teacher_prompt_ids is None
+        else np.asarray(teacher_prompt_ids, dtype=np.int32),
     )
 
 

@@ -46,6 +46,8 @@ class Job:
     tokenizer: Tokenizer
     prompts: Sequence[Prompt]
     eval_prompts: Sequence[Prompt]
+    difficulties: Sequence[float] | None
+    """1 - pass rate of the initial student for each training prompt, where there is such a file."""
     curriculum: Curriculum
     objective: Objective
     profile: Profile | None
@@ -56,12 +58,12 @@ class Job:
         """Rank in the world."""
         return dist.get_rank()
 
-    def sampling(self) -> Sampling:
-        """How training rollouts are sampled."""
+    def sampling(self, longest: int | None) -> Sampling:
+        """How training rollouts are sampled; `longest`: a limit of the responses, by default the configuration's."""
         rollout = self.config.rollout
         return Sampling(
             rollout.temperature,
-            rollout.max_new_tokens,
+            longest or rollout.max_new_tokens,
             tuple(self.tokenizer.eos_ids),
             rollout.top_p,
             rollout.top_k,
@@ -164,6 +166,7 @@ def build_job(config: TrainConfig, report: Callable[[str], None]) -> Job:
         tokenizer,
         prompts,
         eval_prompts,
+        difficulties,
         curriculum,
         objective,
         profile,

@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-from sead_megatron.config import TrainConfig
+from sead_megatron.config import ParallelConfig, TrainConfig
 from sead_megatron.data.packing import PackedRow, build_row, pack_rows
 from sead_megatron.data.types import Prompt, Rollout
+from sead_megatron.models.architecture import HFConfig
 from sead_megatron.models.build import BuiltModel, build_model
 from sead_megatron.models.hf_config import read_hf_config
 from sead_megatron.models.load import load_output_shard, load_weights
@@ -32,6 +33,10 @@ class Models:
     teacher: Teacher
     teacher_output: torch.Tensor | None
     """The teacher's output layer in the student's vocabulary partition, on ranks of the student's last stage."""
+    reference: Teacher | None = None
+    """The frozen third model, where one is configured."""
+    reference_output: torch.Tensor | None = None
+    """Its output layer, partitioned and placed like the teacher's."""
 
 
 def build_models(config: TrainConfig, device: torch.device, prompts: Sequence[Prompt] = ()) -> Models:
@@ -63,36 +68,72 @@ def build_models(config: TrainConfig, device: torch.device, prompts: Sequence[Pr
         rows = _calibration_rows(config, teacher_model, prompts)
         keep = config.precision.first_last_bfloat16
         quantize_fp8(teacher_model, rows, device, keep_first_last=keep)
-    teacher_output = None
-    if s_groups.is_last_stage:
-        dtype = teacher_precision(config.precision).dtype
-        teacher_output = load_output_shard(teacher_model.config, config.teacher.path, s_groups, dtype, device)
-    teacher = Teacher(
-        teacher_model,
-        s_groups,
+    teacher = _frozen(teacher_model, s_groups, config, config.teacher.parallel, device)
+    teacher_output = _output_shard(teacher_model, config.teacher.path, s_groups, config, device)
+    student = Student(student_model, teacher_output, config, device)
+    if config.reference is None:
+        return Models(student, teacher, teacher_output)
+    parallel, path = config.reference.parallel, config.reference.path
+    r_groups = teacher_groups(Layout(parallel.tensor, parallel.pipeline, world))
+    reference_model = _frozen_model(config, read_hf_config(path), path, parallel, r_groups, device)
+    reference = _frozen(reference_model, s_groups, config, parallel, device)
+    reference_output = _output_shard(reference_model, path, s_groups, config, device)
+    return Models(student, teacher, teacher_output, reference, reference_output)
+
+
+def _frozen(
+    model: BuiltModel,
+    student_groups: ParallelGroups,
+    config: TrainConfig,
+    parallel: ParallelConfig,
+    device: torch.device,
+) -> Teacher:
+    return Teacher(
+        model,
+        student_groups,
         device=device,
-        sequence_parallel=config.teacher.parallel.sequence_parallel,
+        sequence_parallel=parallel.sequence_parallel,
         max_tokens=config.batch.max_tokens_per_microbatch,
         packing=config.batch.packing,
         offload_hidden=config.teacher.offload_hidden,
     )
-    return Models(Student(student_model, teacher_output, config, device), teacher, teacher_output)
+
+
+def _output_shard(
+    model: BuiltModel, path: str, student_groups: ParallelGroups, config: TrainConfig, device: torch.device
+) -> torch.Tensor | None:
+    """A frozen model's output layer in the student's vocabulary partition; None off the student's last stage."""
+    if not student_groups.is_last_stage:
+        return None
+    dtype = teacher_precision(config.precision).dtype
+    return load_output_shard(model.config, path, student_groups, dtype, device)
 
 
 def _teacher_model(config: TrainConfig, groups: ParallelGroups, device: torch.device) -> BuiltModel:
     architecture = read_hf_config(config.teacher.path)
     if config.teacher.yarn_layers == "all":
         architecture = with_yarn_on_all_layers(architecture)
+    return _frozen_model(config, architecture, config.teacher.path, config.teacher.parallel, groups, device)
+
+
+def _frozen_model(
+    config: TrainConfig,
+    architecture: HFConfig,
+    path: str,
+    parallel: ParallelConfig,
+    groups: ParallelGroups,
+    device: torch.device,
+) -> BuiltModel:
     model = build_model(
         architecture,
         groups,
         teacher_precision(config.precision),
         on_cpu=device.type == "cpu",
         trainable=False,
-        sequence_parallel=config.teacher.parallel.sequence_parallel,
-        stages=config.teacher.parallel.stages,
+        sequence_parallel=parallel.sequence_parallel,
+        stages=parallel.stages,
     )
-    load_weights(model, config.teacher.path)
+    load_weights(model, path)
     return model
 
 

@@ -60,7 +60,7 @@ class Student:
         self._sequence_parallel = config.student.parallel.sequence_parallel
         self._max_tokens = config.batch.max_tokens_per_microbatch
         self._packing = config.batch.packing
-        self._temperature = config.objective.temperature
+        self.temperature = config.objective.temperature
         kernel = config.kernel
         self.tile_options = TileOptions(
             backend=kernel.backend,
@@ -93,7 +93,7 @@ class Student:
                 teacher_output,
                 row.labels.to(self.device),
                 shard=self.shard,
-                temperature=self._temperature,
+                temperature=self.temperature,
                 options=self.tile_options,
             )
             return row.token_index, _named(finalize(merge_tp(state, self.model.groups.collection.tp)))
@@ -134,7 +134,7 @@ class Student:
                     weights[row.token_index.to(self.device)],
                     shard=self.shard,
                     tp_group=groups.collection.tp,
-                    temperature=self._temperature,
+                    temperature=self.temperature,
                     options=self.tile_options,
                     weight_tied=self.model.config.tie_word_embeddings and groups.layout.pipeline == 1,
                 )

@@ -88,9 +88,9 @@ class Teacher:
     def _forward(self, plan: StepPlan, rollouts: Sequence[int]) -> Tensor | None:
         """Hidden states [n, H_t] of the response tokens of `rollouts` in table order, on the teacher's last stage."""
         groups = self._model.groups
-        lengths = {i: plan.rollouts[i].length for i in rollouts}
+        lengths = {i: plan.teacher_rollouts[i].length for i in rollouts}
         rows = [
-            build_row(row, plan.rollouts, plan.offsets, self._model.row_multiple)
+            build_row(row, plan.teacher_rollouts, plan.offsets, self._model.row_multiple)
             for row in pack_rows(lengths, rollouts, self._max_tokens, self._packing)
         ]
         outputs = run_rows(self._model.module, groups, rows, self._forward_step, train=False) if rows else []
@@ -192,14 +192,17 @@ def _last_stage_ranks(layout: Layout, replica: int) -> list[int]:
     return list(range(first, first + layout.tensor))
 
 
-def entropy_columns(topk: int) -> tuple[str, ...]:
-    """What `teacher_entropy` measures: the entropy and, of a top-k one, by how much the exact one can exceed it."""
-    return ("teacher_entropy", "teacher_entropy_slack") if topk else ("teacher_entropy",)
+def teacher_columns(topk: int) -> tuple[str, ...]:
+    """What `teacher_statistics` measures: the entropy, of a top-k one by how much the exact one can exceed it, and the
+    logprob of the sampled token."""
+    entropy = ("teacher_entropy", "teacher_entropy_slack") if topk else ("teacher_entropy",)
+    return (*entropy, "teacher_logprob")
 
 
-def teacher_entropy(
+def teacher_statistics(
     scores: TeacherScores,
     output_shard: Tensor,
+    labels: Tensor,
     groups: ParallelGroups,
     shard: VocabShard,
     *,
@@ -208,20 +211,21 @@ def teacher_entropy(
     options: TileOptions,
     chunk: int = 16384,
 ) -> dict[str, Tensor]:
-    """The `entropy_columns` of every token of `scores`, float32 [n], nats; equal on all TP ranks.
+    """The `teacher_columns` of every token of `scores`, float32 [n], nats; equal on all TP ranks.
 
-    `topk > 0` gives the entropy of the k most likely tokens and a tail bucket, a lower bound of the exact one.
+    `labels`: int64 [n], the sampled tokens. `topk > 0` gives the entropy of the k most likely tokens and a tail bucket,
+    a lower bound of the exact one.
     """
-    names = entropy_columns(topk)
+    names = teacher_columns(topk)
     chunks: dict[str, list[Tensor]] = {name: [torch.empty(0, device=output_shard.device)] for name in names}
     for start in range(0, len(scores.token_index), chunk):
         hidden = scores.hidden[start : start + chunk].to(output_shard.device)
-        labels = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
+        sampled = labels[start : start + chunk].to(output_shard.device)
         state = linear_entropy(
-            hidden, output_shard, labels, shard=shard, temperature=temperature, topk=topk, options=options
+            hidden, output_shard, sampled, shard=shard, temperature=temperature, topk=topk, options=options
         )
         stats = finalize_entropy(merge_tp(state, groups.collection.tp), shard.valid)
-        values = (stats.topk_entropy, stats.topk_slack) if topk else (stats.entropy,)
-        for name, value in zip(names, values, strict=True):
+        entropy = (stats.topk_entropy, stats.topk_slack) if topk else (stats.entropy,)
+        for name, value in zip(names, (*entropy, stats.logprob), strict=True):
             chunks[name].append(value.float())
     return {name: torch.cat(parts) for name, parts in chunks.items()}

@@ -8,10 +8,12 @@ import yaml
 from pydantic import ValidationError
 from sead_kernels.split_kl import BACKENDS, MAX_TOPK
 
-from sead_megatron.config import SeadObjective, TrainConfig, dump_config, load_config
+from sead_megatron.config import TrainConfig, dump_config, load_config
 from sead_megatron.config.fields import find_field, leaves, sections_of, variant_name
 from sead_megatron.config.schema import KernelConfig
 from sead_megatron.errors import UserError
+from sead_megatron.objectives import OBJECTIVES
+from sead_megatron.objectives.sead import SeadObjective
 from tests.tiny_inputs import minimal
 
 
@@ -160,7 +162,8 @@ def test_yaml_scalars_mean_what_they_say(tmp_path: Path, text: str, value: objec
         ("objective={}", "objective.name: missing; add it, for example sead"),
         ("objective=sead", 'objective = "sead": must be a section of keys and values; indent its keys '
                            'below it'),
-        ("objective={name: saed}", 'objective.name = "saed": must be sead, opd; use for example sead'),
+        ("objective={name: saed}",
+         f'objective.name = "saed": must be {", ".join(OBJECTIVES)}; use for example sead'),
         ("objective={name: opd, alpha_start: 1.0}",
          "objective.alpha_start: not a setting of objective opd; remove it"),
         ("objective={name: sead, lambda_fkl: big}",
@@ -208,7 +211,8 @@ def test_missing_section_names_what_it_needs(tmp_path: Path) -> None:
         (b"steps: \xff\n", "{path}: not UTF-8 (byte 7); save the file as UTF-8"),
         (b"1: 2\n", "1: unknown key; known are batch, checkpoint, curriculum, data, device, evaluation, "
                     "kernel, metrics, "
-                    "objective, optimizer, precision, rollout, run_dir, seed, steps, student, teacher and tokenizer"),
+                    "objective, optimizer, precision, profile, reference, rollout, run_dir, seed, steps, student, "
+                    "teacher and tokenizer"),
     ],
 )  # fmt: skip
 def test_malformed_files(tmp_path: Path, content: bytes, message: str) -> None:
@@ -244,31 +248,42 @@ def other_value(annotation: object, default: object) -> Any:
     return 0.25 if float in allowed else 7
 
 
-@pytest.mark.parametrize(("path", "field"), sorted(dict(leaves()).items()), ids=lambda value: str(value)[:40])
-def test_every_leaf_is_documented_and_reachable(config_yaml: Path, path: str, field: Any) -> None:
+def _leaves() -> list[tuple[str, str, Any]]:
+    """(path, what selects the section it is in, field); the leaves of every objective."""
+    found = [(path, "", field) for path, field in leaves() if not path.startswith("objective.")]
+    for name, (section, _) in OBJECTIVES.items():
+        own = leaves((section,), "objective.")
+        found += [(path, name, field) for path, field in own if path != "objective.name"]
+    return found
+
+
+@pytest.mark.parametrize(("path", "objective", "field"), _leaves(), ids=lambda value: str(value)[:40])
+def test_every_leaf_is_documented_and_reachable(
+    config_yaml: Path, path: str, objective: str, field: Any
+) -> None:
     assert field.description and field.description.strip().endswith("."), f"{path} has no documentation"
     assert field.examples or field.default is not None, (
         f"{path} has neither example nor default for its errors"
     )
     value = other_value(field.annotation, field.default)
-    if path == "objective.name":
-        value = "opd"
     overrides = [f"{path}={value if not isinstance(value, bool) else str(value).lower()}"]
-    if path.startswith("objective.") and path != "objective.name":
-        overrides.insert(0, "objective.name=sead")
+    if objective:
+        overrides.insert(0, f"objective.name={objective}")
+    if path.startswith("reference.parallel."):
+        overrides.insert(0, "reference.path=models/student")
     reached: Any = load_config(config_yaml, overrides)
     for key in path.split("."):
         reached = getattr(reached, key)
     assert reached == value
-    assert value != field.default or path == "objective.name"
 
 
 def test_schema_walk() -> None:
     paths = [path for path, _ in leaves()]
-    assert len(paths) == len(set(paths)) + 2  # both objectives have name and temperature
+    assert {path for path in paths if paths.count(path) > 1} >= {"objective.name", "objective.temperature"}
+    assert not [path for path in paths if paths.count(path) > 1 and not path.startswith("objective.")]
     assert {"student.parallel.tensor", "objective.zones.a", "objective.lambda_fkl", "seed"} <= set(paths)
     objectives = sections_of(TrainConfig.model_fields["objective"].annotation)
-    assert [variant_name(section) for section in objectives] == ["sead", "opd"]
+    assert [variant_name(section) for section in objectives] == list(OBJECTIVES)
     assert find_field(["objective", "zones", "q"]) is None
 
 

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from sead_megatron.config.objective import OpdObjective
 from sead_megatron.data.types import TokenTable
 from sead_megatron.objectives import Objective, build_objective
+from sead_megatron.objectives.opd import OpdObjective
 
 
 def opd() -> Objective:

@@ -5,10 +5,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from sead_megatron.config.objective import OpdObjective, SeadObjective, ZoneShares
-from sead_megatron.data.types import Coefficients, Term, TokenTable
+from sead_megatron.data.terms import Term
+from sead_megatron.data.types import Coefficients, TokenTable
 from sead_megatron.errors import UserError
 from sead_megatron.objectives import Objective, build_objective
+from sead_megatron.objectives.opd import OpdObjective
+from sead_megatron.objectives.sead import SeadObjective, ZoneShares
 
 A, B, C = 0, 1, 2
 # Zones of these ten tokens, derived by hand in test_zones.py::test_hand_made_tokens.

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from sead_megatron.data.types import Coefficients, Prompt, Rollout, Term, TokenTable, Zone
+from sead_megatron.data.terms import Term, Zone
+from sead_megatron.data.types import Coefficients, Prompt, Rollout, TokenTable
 
 
 def make_rollout(prompt: list[int], response: list[int], first: float = 0.0, **changes: Any) -> Rollout:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sead_megatron.data.types import Zone
+from sead_megatron.data.terms import Zone
 from sead_megatron.objectives.zones import (
     ZoneScore,
     ZoneThresholds,

@@ -1,0 +1,119 @@
+"""A batch of rollouts over a vocabulary of seven, small enough for finite differences of a whole loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sead_megatron.data.types import Coefficients, RolloutFacts, TokenTable
+from sead_megatron.objectives import OBJECTIVES, Objective, build_objective
+
+VOCABULARY = 7
+# Two prompts with three rollouts each; one is empty, one has a single token.
+LENGTHS = [5, 0, 3, 1, 6, 4]
+SAMPLING_TEMPERATURE = 0.7
+
+
+@dataclass(frozen=True)
+class World:
+    """Logits float64 [N, V] of three models, sampled tokens [N] and facts of the rollouts."""
+
+    student: Tensor
+    teacher: Tensor
+    reference: Tensor
+    labels: Tensor
+    offsets: Tensor
+    facts: RolloutFacts
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.labels)
+
+    def slices(self) -> list[slice]:
+        """The tokens of each rollout."""
+        bounds = self.offsets.tolist()
+        return [slice(a, b) for a, b in pairwise(bounds)]
+
+    def table(self) -> TokenTable:
+        """Every column, float32."""
+        q, p = self.student.log_softmax(-1), self.teacher.log_softmax(-1)
+        columns = {
+            "student_entropy": -(q.exp() * q).sum(-1),
+            "teacher_entropy": -(p.exp() * p).sum(-1),
+            "forward_kl": (p.exp() * (p - q)).sum(-1),
+            "reverse_kl": (q.exp() * (q - p)).sum(-1),
+            "student_logprob": self.sampled(q),
+            "teacher_logprob": self.sampled(p),
+            "rollout_logprob": self.sampled(q),
+            "sampling_logprob": self.sampled((self.student / SAMPLING_TEMPERATURE).log_softmax(-1)),
+            "reference_logprob": self.sampled(self.reference.log_softmax(-1)),
+        }
+        return TokenTable(
+            offsets=self.offsets,
+            rollouts=self.facts,
+            **{name: column.float() for name, column in columns.items()},  # type: ignore[arg-type]
+        )
+
+    def sampled(self, values: Tensor) -> Tensor:
+        """Entries [N] of the sampled tokens."""
+        return values.gather(-1, self.labels[:, None])[:, 0]
+
+
+def make_world(seed: int = 3, lengths: list[int] | None = None, rewards: list[float] | None = None) -> World:
+    """Random models of all degrees of certainty."""
+    lengths = LENGTHS if lengths is None else lengths
+    tokens = sum(lengths)
+    generator = torch.Generator().manual_seed(seed)
+    sharpness = 4 * torch.rand(3, tokens, 1, generator=generator, dtype=torch.float64)
+    student, teacher, reference = sharpness * torch.randn(
+        3, tokens, VOCABULARY, generator=generator, dtype=torch.float64
+    )
+    labels = torch.randint(VOCABULARY, (tokens,), generator=generator)
+    rewards = [1.0, 0.0, 0.0, 1.0, 1.0, 0.0][: len(lengths)] if rewards is None else rewards
+    return World(
+        student,
+        teacher,
+        reference,
+        labels,
+        torch.tensor([0, *lengths]).cumsum(0),
+        RolloutFacts(
+            group=torch.arange(len(lengths)) // 3,
+            reward=torch.tensor(rewards),
+            finished=torch.ones(len(lengths), dtype=torch.bool),
+            longest=8,
+            difficulty=torch.tensor([0.25, 0.25, 0.25, 0.875, 0.875, 0.875][: len(lengths)]),
+        ),
+    )
+
+
+def make_objective(name: str, total_steps: int = 4, **settings: Any) -> Objective[Any]:
+    return build_objective(OBJECTIVES[name][0].model_validate({"name": name, **settings}), total_steps)
+
+
+def loss_gradient(world: World, coefficients: Coefficients) -> Tensor:
+    """dL/dz [N, V] by the closed formulas of the kernel, which has tests of its own."""
+    log_q, log_p = world.student.log_softmax(-1), world.teacher.log_softmax(-1)
+    q, p = log_q.exp(), log_p.exp()
+    forward, reverse, entropy, logprob = coefficients.weights.double()[:, :, None].unbind(1)
+    reverse_kl = (q * (log_q - log_p)).sum(-1, keepdim=True)
+    mean_log_q = (q * log_q).sum(-1, keepdim=True)
+    sampled = torch.zeros_like(q).scatter_(1, world.labels[:, None], 1.0)
+    gradient = forward * (q - p) + reverse * q * (log_q - log_p - reverse_kl)
+    gradient += -entropy * q * (log_q - mean_log_q) + logprob * (sampled - q)
+    return gradient / coefficients.normalizer
+
+
+def finite_differences(loss: Callable[[Tensor], Tensor], at: Tensor, step: float = 1e-5) -> Tensor:
+    """Central differences of a scalar, entry by entry."""
+    gradient = torch.zeros_like(at)
+    for index in range(at.numel()):
+        shift = torch.zeros_like(at).view(-1)
+        shift[index] = step
+        shift = shift.view_as(at)
+        gradient.view(-1)[index] = (loss(at + shift) - loss(at - shift)) / (2 * step)
+    return gradient
