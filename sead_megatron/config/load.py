@@ -10,6 +10,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from sead_megatron.config.fields import config_path, find_field, leaves, sections_of, variant_name
+from sead_megatron.config.presets import with_preset
 from sead_megatron.config.schema import TrainConfig
 from sead_megatron.config.yaml_file import parse_yaml, read_yaml
 from sead_megatron.errors import UserError, alternatives
@@ -37,8 +38,8 @@ _CONSTRAINTS = {
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """Read `path`, apply `key.key=value` overrides (values are YAML, the last one wins), and validate the
-    types.
+    """Read `path`, apply `key.key=value` overrides (values are YAML, the last one wins), put both over the preset
+    that they name, if any, and validate the types.
 
     Relative paths in the file stay as they are: they mean the current directory. What needs several fields,
     the input files or the world size is `check_config`'s. Raises UserError.
@@ -52,6 +53,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         )
     for override in overrides:
         _apply_override(raw, override)
+    raw = with_preset(raw)
     try:
         return TrainConfig.model_validate(raw)
     except ValidationError as error:

@@ -292,6 +292,8 @@ class TrainConfig(Section):
     """Directory that the run writes to, and continues from when it holds a checkpoint."""
     steps: PositiveInt = Field(examples=[181])
     """Optimizer steps in total."""
+    preset: Name | None = Field(default=None, examples=["sead"])
+    """Published settings of a method (a file of `sead_megatron/presets`) below everything that is set here."""
     tokenizer: Name | None = Field(default=None, examples=["models/student"])
     """Directory of the tokenizer and chat template. Default: `student.path`."""
     student: StudentConfig
