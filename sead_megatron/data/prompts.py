@@ -62,19 +62,21 @@ def read_jsonl(path: str | Path, what: str) -> Iterator[tuple[int, dict[str, obj
         for number, line in enumerate(stream, start=1):
             if not line.strip():
                 continue
-            where = f"{path}, line {number}"
-            try:
-                entry = json.loads(line.decode("utf-8").rstrip())
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    where, None, f"not UTF-8 (byte {error.start})", "save the file as UTF-8"
-                ) from error
-            except json.JSONDecodeError as error:
-                constraint = f"not valid JSON ({error.msg}, column {error.colno})"
-                raise UserError(where, None, constraint, "write one JSON object a line") from error
-            if not isinstance(entry, dict):
-                raise UserError(where, entry, "must be a JSON object", "write one JSON object a line")
-            yield number, entry
+            yield number, json_object(line, f"{path}, line {number}")
+
+
+def json_object(line: bytes, where: str) -> dict[str, object]:
+    """The JSON object that a line holds. Raises UserError, naming `where`."""
+    try:
+        entry = json.loads(line.decode("utf-8").rstrip())
+    except UnicodeDecodeError as error:
+        raise UserError(where, None, f"not UTF-8 (byte {error.start})", "save the file as UTF-8") from error
+    except json.JSONDecodeError as error:
+        constraint = f"not valid JSON ({error.msg}, column {error.colno})"
+        raise UserError(where, None, constraint, "write one JSON object a line") from error
+    if not isinstance(entry, dict):
+        raise UserError(where, entry, "must be a JSON object", "write one JSON object a line")
+    return entry
 
 
 def entry_id(entry: dict[str, object], where: str) -> str:

@@ -1,0 +1,197 @@
+"""Turns a row of a data set, whatever its columns, into a prompt with its gold answer."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from sead_megatron.errors import UserError, alternatives
+from sead_megatron.evaluation.grading import boxed_answers
+
+# Dotted names reach into structs. The first one that the first row has is taken.
+DETECTED = {
+    "prompt": ("messages", "prompt", "problem", "question"),
+    "answer": ("answer", "reward_model.ground_truth", "ground_truth", "final_answer", "expected_answer"),
+    "solution": ("solution", "extra_info.solution"),
+    "id": ("id", "extra_info.index", "unique_id", "uuid"),
+    "domain": ("domain", "ability", "subject", "data_source"),
+}
+ROLES = ("system", "user", "assistant", "tool")
+# Who may speak after whom; the empty name is the beginning.
+_FOLLOWS = {
+    "": ("system", "user"),
+    "system": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user", "tool"),
+    "tool": ("tool", "assistant"),
+}
+_GSM8K_MARK = "####"
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where a row keeps what; None: the data set has none."""
+
+    prompt: str
+    answer: str | None = None
+    solution: str | None = None
+    id: str | None = None
+    domain: str | None = None
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt before preparation; what is None the data set does not have."""
+
+    id: str | None
+    messages: list[dict[str, str]]
+    answer: str | None
+    domain: str | None
+    solution: str | None
+
+
+def detect_columns(row: Mapping[str, object], where: str, chosen: Mapping[str, str | None]) -> Columns:
+    """The columns of a data set whose first row is `row`; `chosen` holds those that the user named.
+
+    Raises UserError, with the columns that were found, where a named one is missing or no prompt is recognised.
+    """
+    found: dict[str, str | None] = {}
+    for role, candidates in DETECTED.items():
+        name = chosen.get(role)
+        if name is not None and not _has(row, name):
+            raise UserError(
+                f"--{role}-column",
+                name,
+                f"is no column of {where}; there are {_names(row)}",
+                "name one of them",
+            )
+        found[role] = name or next((candidate for candidate in candidates if _has(row, candidate)), None)
+    prompt = found.pop("prompt")
+    if prompt is None:
+        wanted = alternatives(DETECTED["prompt"])
+        raise UserError(
+            where,
+            None,
+            f"has the columns {_names(row)}; none is {wanted}",
+            "name the prompt's with --prompt-column",
+        )
+    return Columns(prompt, **found)
+
+
+def read_example(
+    row: Mapping[str, object], where: str, columns: Columns, *, assistant_solution: bool = False
+) -> Example:
+    """One row as an example.
+
+    The prompt is text (a single turn of the user) or a list of messages. An answer that ends in `#### 7` (GSM8K) is a
+    solution and the answer 7; without an answer column the last box of the solution is the answer.
+    `assistant_solution` takes a last turn of the assistant off and makes it the solution. Raises UserError, naming
+    `where`, for whatever is not as it should be.
+    """
+    messages = _messages(_get(row, columns.prompt), f"{where}: {columns.prompt}")
+    solution = _text(row, columns.solution, where)
+    if assistant_solution and messages[-1]["role"] == "assistant":
+        solution = messages[-1]["content"]
+        messages = messages[:-1]
+    _check_turns(messages, f"{where}: {columns.prompt}")
+    answer = _text(row, columns.answer, where)
+    if answer is not None and _GSM8K_MARK in answer:
+        worked, _, answer = answer.rpartition(_GSM8K_MARK)
+        solution, answer = solution or worked.strip(), answer.strip()
+    if answer is None and solution is not None:
+        boxes = boxed_answers(solution)
+        answer = boxes[-1] if boxes else None
+    return Example(
+        _text(row, columns.id, where), messages, answer, _text(row, columns.domain, where), solution
+    )
+
+
+def _messages(value: object, where: str) -> list[dict[str, str]]:
+    if isinstance(value, str):
+        if not value.strip():
+            raise UserError(where, value, "must not be empty", "correct the row, or --skip-malformed")
+        return [{"role": "user", "content": value}]
+    if not isinstance(value, list) or not value:
+        raise UserError(
+            where,
+            value,
+            "must be text or a list of messages",
+            "name another --prompt-column, or --skip-malformed",
+        )
+    return [_message(message, f"{where}[{index}]") for index, message in enumerate(value)]
+
+
+def _message(message: object, where: str) -> dict[str, str]:
+    # A parquet file gives every message all keys of all messages; those that a message has not are None.
+    kept = (
+        {key: value for key, value in message.items() if value is not None}
+        if isinstance(message, dict)
+        else {}
+    )
+    if set(kept) != {"role", "content"} or not isinstance(kept["content"], str) or kept["role"] not in ROLES:
+        raise UserError(
+            where,
+            message,
+            f"must have a role ({alternatives(ROLES)}) and a content that is text, nothing else",
+            "correct the row, or --skip-malformed",
+        )
+    return {"role": kept["role"], "content": kept["content"]}
+
+
+def _check_turns(messages: list[dict[str, str]], where: str) -> None:
+    before = ""
+    for index, message in enumerate(messages):
+        if message["role"] not in _FOLLOWS[before]:
+            raise UserError(
+                f"{where}[{index}].role",
+                message["role"],
+                f"after {before or 'the beginning'} comes {alternatives(_FOLLOWS[before])}",
+                "correct the row, or --skip-malformed",
+            )
+        if message["role"] == "user" and not message["content"].strip():
+            raise UserError(
+                f"{where}[{index}]", "", "must not be empty", "correct the row, or --skip-malformed"
+            )
+        before = message["role"]
+    if before not in ("user", "tool"):
+        raise UserError(
+            where,
+            f"ends with {before or 'nothing'}",
+            "the student answers the last message, which is the user's or a tool's",
+            "use --assistant-turn solution, name another --prompt-column, or --skip-malformed",
+        )
+
+
+def _text(row: Mapping[str, object], column: str | None, where: str) -> str | None:
+    """Text of a column, numbers as they are written; None where there is nothing."""
+    value = None if column is None else _get(row, column)
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]  # OlympiadBench keeps its only answer in a list
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)
+    if value is not None and not isinstance(value, str):
+        raise UserError(
+            f"{where}: {column}",
+            value,
+            "must be text or a number",
+            "name another column, or --skip-malformed",
+        )
+    return (value or "").strip() or None
+
+
+def _get(row: Mapping[str, object], column: str) -> object:
+    value: object = row
+    for name in column.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
+
+
+def _has(row: Mapping[str, object], column: str) -> bool:
+    parent, _, name = column.rpartition(".")
+    inner = _get(row, parent) if parent else row
+    return isinstance(inner, Mapping) and name in inner
+
+
+def _names(row: Mapping[str, object]) -> str:
+    names = []
+    for name, value in row.items():
+        names += [f"{name}.{inner}" for inner in value] if isinstance(value, Mapping) else [name]
+    return alternatives(names, "and")
