@@ -91,12 +91,13 @@ def test_duplicates() -> None:
         problem(LONG.replace("30", "31")),  # another number
         problem(LONG.replace("Find", "Compute") + "!!", None),  # nearly 0 and, more so, 2; no answer
         problem("what is $1+1$", "7"),
+        problem(LONG.replace("Find", "\\text{compute}")),  # equals 2
     ]
     found = find_duplicates(problems, 0.5)
-    assert found.same == [[0, 3], [1, 7]]
+    assert found.same == [[0, 3], [1, 7], [2, 8]]
     assert [(near.first, near.second) for near in found.near] == [(0, 2), (0, 6)]
     assert [(near.first, near.second) for near in found.lookalikes] == [(0, 4)]
-    assert found.leaders(8) == [0, 1, 0, 0, 4, 5, 0, 1]
+    assert found.leaders(9) == [0, 1, 0, 0, 4, 5, 0, 1, 0]
     # 18 words: 16 shingles each, of which one differs.
     assert found.near[0] == Near(0, 2, 15 / 17)
     assert find_duplicates(problems, 0).near == []
@@ -107,10 +108,10 @@ def test_threshold_is_exact() -> None:
     pair = [Problem(tuple("abcdefg"), None), Problem(tuple("abcdefx"), None)]
     assert find_duplicates(pair, 0.66).near == [Near(0, 1, 4 / 6)]
     assert find_duplicates(pair, 0.67).near == []
-    # 11 of 20 shingles, and 0.55 * 20 is 11.000000000000002 in floating point. The 9 others are rarer.
-    words = [f"w{letter}" for letter in "abcdefghijklmnopqrstuv"]
-    pair = [Problem(tuple(words), None), Problem(tuple(words[:13]), None)]
-    assert find_duplicates(pair, 0.55).near == [Near(0, 1, 0.55)]
+    # 14 of 25 shingles, and 0.56 * 25 is 14.000000000000002 in floating point. The 11 others are rarer.
+    words = [f"w{letter}" for letter in ascii_letters[:27]]
+    pair = [Problem(tuple(words), None), Problem(tuple(words[:16]), None)]
+    assert find_duplicates(pair, 0.56).near == [Near(0, 1, 0.56)]
 
 
 @pytest.mark.parametrize("threshold", [0.2, 0.3, 0.5, 0.7, 1.0])
@@ -181,8 +182,10 @@ def test_contamination() -> None:
 
 def test_contamination_thresholds() -> None:
     tokens = len(canonical_tokens(QUESTION))
+    # All of the wording after the number is shared.
+    assert contaminated([f"With 5 coins: {LONG}"], [f"With 6 coins: {LONG}"]) == {}
+    assert len(contaminated([f"With 6 coins: {LONG}"], [f"With 6 notes: {LONG}"])) == 1
     one_number = QUESTION.replace("7", "8")
-    assert contaminated([one_number], [QUESTION]) == {}
     rule = Rule(ngram=6, coverage=0.4, numbers=0.5)
     found = contaminated([one_number], [QUESTION], rule=rule)
     assert found == {0: Match(0, (tokens - 1) / tokens, 0.5)}
