@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import shlex
 import subprocess
 import sys
@@ -37,6 +38,7 @@ def measure(directory: Path) -> dict[str, Any]:
         started = time.perf_counter()
         subprocess.run(command, check=True, stdout=sys.stderr)
         seconds = time.perf_counter() - started
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
         provenance = json.loads(out.with_name("train.jsonl.provenance.json").read_text())
     return {
         "date": datetime.now(UTC).date().isoformat(),
@@ -46,6 +48,10 @@ def measure(directory: Path) -> dict[str, Any]:
             ["tools/prepare_data.py", inputs[0], "train.jsonl", "--benchmark", *inputs[1:]]
         ),
         "seconds": round(seconds, 1),
+        "processor_seconds": round(
+            used.ru_utime + used.ru_stime, 1
+        ),  # what the clock says depends on the neighbours
+        "peak_mib": used.ru_maxrss // 1024,
         **provenance,
     }
 
@@ -58,7 +64,8 @@ def table(content: dict[str, Any]) -> str:
     lines += [
         f"| written | {counts['written']:,} |",
         f"| of these: pairs that look alike with another answer | {counts['lookalikes kept']:,} |",
-        f"| seconds, {content['machine']['cores']} CPU cores, one of them used | {content['seconds']} |",
+        f"| seconds of one CPU core | {content['processor_seconds']} |",
+        f"| peak memory, MiB | {content['peak_mib']} |",
         "",
         "| benchmark | questions | found in the data |",
         "| --- | ---: | ---: |",

@@ -14,8 +14,9 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     ("benchmark", "results", "document"),
     [
-        ("fp8_teacher", "fp8_teacher", "precision"),
         ("convert_memory", "convert_memory", "conversion"),
+        ("data_preparation", "data_preparation", "data"),
+        ("fp8_teacher", "fp8_teacher", "precision"),
         ("profile_trace", "profile_quickstart", "profiling"),
     ],
 )
