@@ -84,6 +84,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Does what the command line says. Raises UserError."""
     source = find_source(arguments.source, split=arguments.split, config=arguments.config)
     benchmarks = [find_source(text, what="--benchmark") for text in arguments.benchmark]
+    _check_names([benchmark.name for benchmark in benchmarks])
     _check_out(
         arguments.out, [*source.files, *(file for b in benchmarks for file in b.files)], arguments.overwrite
     )
@@ -113,6 +114,12 @@ def run(arguments: argparse.Namespace) -> None:
         stop_clocks()
     write(preparation, arguments.out)
     Console(width=None if sys.stdout.isatty() else 160).print(table(preparation.provenance))
+
+
+def _check_names(names: Sequence[str]) -> None:
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError("--benchmark", twice, "is the name of two of them", "rename one: counts go by name")
 
 
 def _check_out(out: Path, read: Sequence[Path], overwrite: bool) -> None:

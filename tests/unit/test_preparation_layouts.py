@@ -117,6 +117,16 @@ def test_malformed_answers(answer: object) -> None:
         read_example({"prompt": "x", "answer": answer}, "FILE, row 3", Columns("prompt", "answer"))
 
 
+@pytest.mark.parametrize("key", ["prompt", "answer", "solution", "id", "domain"])
+def test_half_a_surrogate_pair(key: str) -> None:
+    row = {"prompt": "x", "answer": "1", "solution": "y", "id": "z", "domain": "d", key: "ab\ud800"}
+    columns = Columns("prompt", "answer", "solution", "id", "domain")
+    with pytest.raises(
+        UserError, match=r"^FILE, row 3: holds half a surrogate pair \(character 2 of a text\)"
+    ):
+        read_example(row, "FILE, row 3", columns)
+
+
 def test_assistant_turn_as_solution() -> None:
     row = {"messages": [USER, {"role": "assistant", "content": "So \\boxed{1}, no, \\boxed{2}."}]}
     example = read_example(row, "FILE, row 1", Columns("messages"), assistant_solution=True)

@@ -201,6 +201,7 @@ def test_refusals(dapo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     other = tmp_path / "other.jsonl"
     assert "no such file or directory" in refusal(capsys, tmp_path / "none.parquet", other)
     assert "--benchmark" in refusal(capsys, dapo, other, "--benchmark", tmp_path / "none.parquet")
+    assert "is the name of two of them" in refusal(capsys, dapo, other, "--benchmark", dapo, dapo)
     assert "must end in .parquet or .jsonl" in refusal(capsys, ROOT / "README.md", other)
     assert "is for a directory or the hub" in refusal(capsys, dapo, other, "--split", "train")
     assert "is for the hub" in refusal(capsys, dapo, other, "--config", "main")

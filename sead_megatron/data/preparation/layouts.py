@@ -99,9 +99,26 @@ def read_example(
     if answer is None and solution is not None:
         boxes = boxed_answers(solution)
         answer = boxes[-1] if boxes else None
-    return Example(
+    example = Example(
         _text(row, columns.id, where), messages, answer, _text(row, columns.domain, where), solution
     )
+    _check_unicode(example, where)
+    return example
+
+
+def _check_unicode(example: Example, where: str) -> None:
+    """JSON can escape half a surrogate pair, which no file can hold."""
+    contents = [message["content"] for message in example.messages]
+    for text in (*contents, example.id, example.answer, example.domain, example.solution):
+        try:
+            (text or "").encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UserError(
+                where,
+                None,
+                f"holds half a surrogate pair (character {error.start} of a text)",
+                "correct the row, or --skip-malformed",
+            ) from error
 
 
 def _messages(value: object, where: str) -> list[dict[str, str]]:
