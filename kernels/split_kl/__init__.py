@@ -2,8 +2,8 @@
 
 Two passes over tiles of logits: ``linear_stats`` (entropies, both KL divergences and sampled
 log-probabilities of each token, exact) and ``linear_split_kl_grads``; ``split_kl_loss`` joins them into one
-autograd node. ``linear_entropy`` is pass 1 of one model, with a streamed top-k; ``topk_tail_loss`` needs
-nothing but that top-k of the teacher.
+autograd node. ``linear_entropy`` is pass 1 of one model, with a streamed top-k; ``topk_loss`` needs of the
+teacher nothing but log-probabilities of a few tokens.
 """
 
 from .api import linear_entropy, linear_split_kl_grads, linear_stats, linear_support_grads
@@ -14,26 +14,31 @@ from .logit_cache import LogitCache
 from .loss import SplitKLOutput, split_kl_loss
 from .state import TokenStats, finalize
 from .support import SupportGradient
-from .tail_loss import TopKTailOutput, topk_tail_loss
 from .tensor_parallel import merge_tp
 from .tiling import TileOptions, VocabShard
 from .topk import MAX_TOPK
-from .topk_tail import TailStats, TopKTarget, topk_tail_gradient, topk_tail_stats
+from .topk_loss import TopKOutput, topk_loss
+from .topk_overlap import support_mass, teachability_margin, topk_overlap
+from .topk_rules import RULES
+from .topk_stats import TopKStats, topk_stats_and_gradient
+from .topk_target import SUPPORTS, TopKTarget
 
 __all__ = [
     "BACKENDS",
     "COEFFICIENTS",
     "MAX_TOPK",
+    "RULES",
+    "SUPPORTS",
     "Backend",
     "EntropyState",
     "EntropyStats",
     "LogitCache",
     "SplitKLOutput",
     "SupportGradient",
-    "TailStats",
     "TileOptions",
     "TokenStats",
-    "TopKTailOutput",
+    "TopKOutput",
+    "TopKStats",
     "TopKTarget",
     "VocabShard",
     "backend_name",
@@ -47,7 +52,9 @@ __all__ = [
     "merge_tp",
     "resolve_backend",
     "split_kl_loss",
-    "topk_tail_gradient",
-    "topk_tail_loss",
-    "topk_tail_stats",
+    "support_mass",
+    "teachability_margin",
+    "topk_loss",
+    "topk_overlap",
+    "topk_stats_and_gradient",
 ]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .tiling import VocabShard
-from .topk import MAX_TOPK
+from .topk import MAX_TOPK, NO_ID
 
 # Columns of every ``coefficients`` tensor.
 COEFFICIENTS = ("forward_kl", "reverse_kl", "entropy", "logprob")
@@ -130,11 +130,13 @@ def check_rows(tokens: int, **tensors: Tensor) -> None:
 
 def check_target_ids(ids: Tensor, shard: VocabShard) -> None:
     """The ids of a top-k: an unknown or repeated one would count as probability mass that is not there."""
-    if ids.numel():
-        low, high = (int(bound) for bound in ids.aminmax())
+    held = ids != NO_ID
+    if held.any():
+        low, high = (int(bound) for bound in ids[held].aminmax())
         if low < 0 or high >= shard.valid:
             raise ValueError(f"target.ids lie in [{low}, {high}], wanted [0, {shard.valid}) (shard.valid)")
-        if bool((ids.sort(dim=1).values.diff(dim=1) == 0).any()):
+        ordered = ids.sort(dim=1).values
+        if bool(((ordered.diff(dim=1) == 0) & (ordered[:, 1:] != NO_ID)).any()):
             raise ValueError("target.ids has a repeated id in a row, wanted distinct ones")
 
 

@@ -38,7 +38,7 @@ class EntropyStats(NamedTuple):
     ``topk_entropy`` H_k = -sum_S q ln q - Q' ln Q' counts the K most likely tokens S and one bucket for all
     others, of mass Q' = ``tail_mass``. It bounds the exact entropy from both sides:
     H_k <= H <= H_k + ``topk_slack``, the slack being Q' ln(V - K), reached by a uniform tail.
-    ``support_tail_mass`` is 1 minus the mass of the gathered tokens.
+    ``support_tail_mass`` is 1 minus the mass of the gathered tokens. Empty slots of ``support_logprobs`` hold SENTINEL.
     Fields that were not asked for are None.
     """
 
@@ -98,14 +98,20 @@ def merge_entropy(left: EntropyState, right: EntropyState) -> EntropyState:
     return EntropyState(rows, logits, ids, gathered)
 
 
-def finalize_entropy(state: EntropyState, vocabulary: int) -> EntropyStats:
-    """Statistics of one model from a state that covers the whole vocabulary of ``vocabulary`` true tokens."""
+def finalize_entropy(state: EntropyState, vocabulary: int, gather_ids: Tensor | None = None) -> EntropyStats:
+    """Statistics of one model from a state that covers the whole vocabulary of ``vocabulary`` true tokens.
+
+    ``gather_ids``, those of pass 1, are wanted if some of them are ``topk.NO_ID``: such a slot has no mass, while
+    its gathered 0 would be taken for a logit.
+    """
     m, s, u, z_y = state.rows.unbind(0)
     log_sum = s.log()
     # Centred before the logarithm is subtracted: m + log s has the rounding of a number of the size of m.
     stats = EntropyStats(m + log_sum, log_sum - u / s, (z_y - m) - log_sum)
     if state.gathered is not None:
         centred = state.gathered - m[:, None]
+        if gather_ids is not None:
+            centred = centred.masked_fill(gather_ids == NO_ID, SENTINEL)
         tail_mass = _tail_mass(centred, s)
         stats = stats._replace(support_logprobs=centred - log_sum[:, None], support_tail_mass=tail_mass)
     if state.topk_logits is None:

@@ -15,7 +15,7 @@ from .logit_cache import LogitCache
 from .state import TokenStats, finalize
 from .tensor_parallel import merge_tp
 from .tiling import DEFAULT_TILES, TileOptions, VocabShard
-from .topk_tail import TailStats
+from .topk_stats import TopKStats
 from .weight_protocol import input_gradients, select_rows
 
 
@@ -93,10 +93,11 @@ def split_kl_loss(
     return SplitKLOutput(loss, TokenStats(*stats.unbind(0)), active)
 
 
-def weighted_sum(stats: TokenStats | TailStats, coefficients: Tensor) -> Tensor:
-    """The loss: the four terms of ``COEFFICIENTS`` times ``coefficients`` [T, 4], summed."""
+def weighted_sum(stats: TokenStats | TopKStats, coefficients: Tensor) -> Tensor:
+    """The loss: the four terms of ``COEFFICIENTS`` times ``coefficients`` [T, 4], summed; a missing term is 0."""
     terms = [stats.forward_kl, stats.reverse_kl, stats.student_entropy, stats.student_logprob]
-    return (coefficients * torch.stack(terms, dim=1)).sum()
+    absent = torch.zeros_like(stats.student_lse)
+    return (coefficients * torch.stack([absent if t is None else t for t in terms], dim=1)).sum()
 
 
 class _SplitKL(torch.autograd.Function):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .state import TokenStats
+from .topk import NO_ID
 
 
 def _logits(hidden: Tensor, weight: Tensor, valid: int, temperature: float) -> Tensor:
@@ -109,3 +110,65 @@ def dense_topk_entropy(
     q = _logits(hidden, weight, valid, temperature).log_softmax(-1).exp().sort(dim=-1, descending=True).values
     tail = q[:, topk:].sum(-1)
     return torch.special.entr(q[:, :topk]).sum(-1) + torch.special.entr(tail), tail
+
+
+def topk_divergences(
+    rule: str, log_p: Tensor, log_q: Tensor, ids: Tensor, log_p_old: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(forward, reverse) of one token as published, 0 where the rule has none; a function of ``log_p`` alone.
+
+    Args:
+        log_p, log_q: [V]. ids: [k]. log_p_old: [V], of the student that the advantages were computed with.
+    """
+    p, q = log_p[ids].exp(), log_q[ids].exp()
+    none = log_p.new_zeros(())
+    if rule == "tail":
+        p_tail, q_tail = 1 - p.sum(), 1 - q.sum()
+        forward = (q * (q / p).log()).sum() + q_tail * (q_tail / p_tail).log()
+        return forward, (p * (p / q).log()).sum() + p_tail * (p_tail / q_tail).log()
+    if rule == "forward_teacher_norm":
+        q_norm = q / q.sum()
+        return (q_norm * (q_norm.log() - log_p[ids])).sum(), none
+    if rule == "forward_raw":
+        return (q * (q.log() - log_p[ids])).sum(), none
+    if rule == "reverse_both_norm":
+        p_norm, q_norm = p / p.sum(), q / q.sum()
+        return none, (p_norm * (p_norm / q_norm).log()).sum()
+    p_old = log_p_old[ids].exp()
+    weight = {
+        "student_topk_policy": p_old / p_old.sum(),
+        "student_topk_policy_teacher": q / q.sum(),
+        "student_topk_policy_unweighted": torch.ones_like(q),
+    }[rule]
+    advantage = -(log_p_old[ids] - log_q[ids]) * weight
+    return none, -(p / p_old * advantage).sum()
+
+
+def dense_topk_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    labels: Tensor,
+    coefficients: Tensor,
+    ids: Tensor,
+    rule: str,
+    *,
+    valid: int,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """(loss for torch autograd, its four terms [T, 4]); ``ids`` [T, K] with ``NO_ID`` in empty slots."""
+    log_p = _logits(student_hidden, student_weight, valid, temperature).log_softmax(-1)
+    log_q = _logits(teacher_hidden, teacher_weight, valid, temperature).log_softmax(-1).detach()
+    rows = [
+        torch.stack(
+            [
+                *topk_divergences(rule, log_p[t], log_q[t], ids[t][ids[t] != NO_ID], log_p[t].detach()),
+                -(log_p[t].exp() * log_p[t]).sum(),
+                log_p[t, labels[t]],
+            ]
+        )
+        for t in range(len(labels))
+    ]
+    terms = torch.stack(rows)
+    return (coefficients.double() * terms).sum(), terms.detach()

@@ -13,7 +13,8 @@ import pytest
 import torch
 from sead_kernels.split_kl import TileOptions, split_kl_loss
 from sead_kernels.split_kl.reference import dense_loss
-from sead_kernels.split_kl.testing import LargestOutput, Problem, make_problem, tail_loss_on_own_topk
+from sead_kernels.split_kl.testing import LargestOutput, Problem, make_problem
+from sead_kernels.split_kl.topk_testing import topk_loss_on_own_topk
 from torch.nn import Parameter
 
 TOKENS, VOCABULARY, WIDTH = 128, 1024, 4
@@ -32,7 +33,7 @@ def problem_and_leaves(dtype: torch.dtype) -> tuple[Problem, Parameter, torch.Te
 
 
 def step(dtype: torch.dtype, tiles: TileOptions) -> int:
-    """The exact loss, a teacher's top-k and the loss on it, forward and backward."""
+    """The exact loss, both top-k lists and a loss on them, forward and backward."""
     problem, weight, hidden = problem_and_leaves(dtype)
     with LargestOutput() as largest:
         split_kl_loss(
@@ -46,7 +47,9 @@ def step(dtype: torch.dtype, tiles: TileOptions) -> int:
             tp_group=None,
             options=tiles,
         ).loss.backward()
-        tail_loss_on_own_topk(problem, hidden, weight, topk=8, options=tiles).backward()
+        topk_loss_on_own_topk(
+            problem, hidden, weight, topk=8, options=tiles, rule="student_topk_policy", support="union"
+        ).backward()
     assert weight.grad is not None and bool(weight.grad.any())
     return largest.numel
 

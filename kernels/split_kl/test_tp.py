@@ -11,9 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
-from sead_kernels.split_kl import TileOptions, finalize
-from sead_kernels.split_kl.reference import dense_gradients, dense_loss, dense_stats, dense_topk_entropy
-from sead_kernels.split_kl.testing import make_problem, relative_error, tensor_parallel_rank
+from sead_kernels.split_kl import RULES, TileOptions, finalize
+from sead_kernels.split_kl.reference import (
+    dense_gradients,
+    dense_loss,
+    dense_stats,
+    dense_topk_entropy,
+    dense_topk_loss,
+)
+from sead_kernels.split_kl.testing import coefficients_of, make_problem, relative_error, tensor_parallel_rank
 from torch import Tensor
 
 
@@ -38,5 +44,20 @@ def test_ranks_agree_bitwise_and_with_the_oracle(ranks: int, tiles: TileOptions,
     loss = dense_loss(*problem.inputs(), problem.coefficients, valid=problem.valid)
     assert shared["loss"].item() == pytest.approx(float(loss), rel=1e-5)
     dh, dw = dense_gradients(*problem.inputs(), problem.coefficients, valid=problem.valid)
-    assert relative_error(sum(result["dh"] for result in results), dh) <= 1e-5
-    assert relative_error(torch.cat([result["dw"] for result in results]), dw) <= 1e-5
+    gradients = [result["gradients"] for result in results]
+    assert_gradients([part["exact"] for part in gradients], dh, dw)
+    for rule in RULES:
+        hidden = problem.student_hidden.double().requires_grad_()
+        weight = problem.student_weight.double().requires_grad_()
+        inputs = (hidden, weight, problem.teacher_hidden, problem.teacher_weight, problem.labels)
+        coefficients = coefficients_of(rule, problem)
+        loss, _ = dense_topk_loss(*inputs, coefficients, shared["ids"], rule, valid=problem.valid)
+        loss.backward()
+        assert shared[f"{rule}.loss"].item() == pytest.approx(float(loss.detach()), rel=1e-5), rule
+        assert hidden.grad is not None and weight.grad is not None
+        assert_gradients([part[rule] for part in gradients], hidden.grad, weight.grad)
+
+
+def assert_gradients(parts: list[tuple[Tensor, Tensor]], dh: Tensor, dw: Tensor) -> None:
+    assert relative_error(torch.stack([part[0] for part in parts]).sum(0), dh) <= 1e-5
+    assert relative_error(torch.cat([part[1] for part in parts]), dw) <= 1e-5

@@ -15,15 +15,17 @@ from torch.utils._pytree import tree_leaves
 
 from .api import linear_entropy, linear_stats
 from .backends import BACKENDS
+from .checks import COEFFICIENTS
 from .cuda import CudaTiles
 from .entropy_state import EntropyState, finalize_entropy, merge_entropy
 from .loss import split_kl_loss
 from .state import merge
-from .tail_loss import topk_tail_loss
 from .tensor_parallel import merge_tp
 from .tile_loop import TiledBackend
 from .tiling import TileOptions, VocabShard
-from .topk_tail import TopKTarget
+from .topk_loss import topk_loss
+from .topk_rules import RULES
+from .topk_target import TopKTarget
 
 EMULATED = "cuda-emulated"
 
@@ -161,21 +163,13 @@ def merged_entropy(
     return functools.reduce(merge_entropy, parts)
 
 
-def tail_loss_on_own_topk(
-    problem: Problem, hidden: Tensor, weight: Tensor, *, topk: int, options: TileOptions
-) -> Tensor:
-    """The loss on the top-k that the same backend finds in the teacher; ``hidden``, ``weight``: student leaves."""
-    teacher = merged_entropy(problem, 1, topk=topk, options=options)
-    return topk_tail_loss(
-        hidden,
-        weight,
-        TopKTarget.of(finalize_entropy(teacher, problem.valid)),
-        problem.labels,
-        problem.coefficients,
-        shard=problem.shard(),
-        tp_group=None,
-        options=options,
-    ).loss
+def coefficients_of(rule: str, problem: Problem) -> Tensor:
+    """Those of the problem, 0 for a divergence that the rule does not define."""
+    coefficients = problem.coefficients.clone()
+    for column, name in enumerate(COEFFICIENTS[:2]):
+        if name not in RULES[rule].divergences:
+            coefficients[:, column] = 0
+    return coefficients
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -237,5 +231,64 @@ def tensor_parallel_rank(rank: int, ranks: int, directory: str, backend: str) ->
     shared |= {f"stats.{name}": value for name, value in output.stats._asdict().items()}
     for topk, stats in entropy.items():
         shared |= {f"{topk}.{name}": value for name, value in stats._asdict().items() if value is not None}
-    torch.save({"shared": shared, "dh": hidden.grad, "dw": weight.grad}, f"{directory}/{rank}.pt")
+    gradients = {"exact": (hidden.grad, weight.grad)}
+    target = _union_of_shards(problem, shard, group, tiles)
+    for rule in RULES:
+        on_rule, gradients[rule] = _topk_on_shard(problem, target, shard, group, tiles, rule)
+        shared |= {f"{rule}.{name}": value for name, value in on_rule.items()}
+    shared["ids"] = target.ids
+    torch.save({"shared": shared, "gradients": gradients}, f"{directory}/{rank}.pt")
     dist.destroy_process_group()
+
+
+def _union_of_shards(
+    problem: Problem, shard: VocabShard, group: dist.ProcessGroup | None, tiles: TileOptions
+) -> TopKTarget:
+    """Of both models' top 8, found by the group."""
+    student_ids, stats = None, None
+    for hidden, weight in (problem.inputs()[:2], problem.inputs()[2:4]):
+        part = linear_entropy(
+            hidden.detach(),
+            weight.detach(),
+            problem.labels,
+            shard=shard,
+            topk=8,
+            gather_ids=student_ids,
+            options=tiles,
+        )
+        stats = finalize_entropy(merge_tp(part, group), problem.valid)
+        student_ids = stats.topk_ids if student_ids is None else student_ids
+    assert stats is not None
+    return TopKTarget.of(stats, "union", student_ids)
+
+
+def _topk_on_shard(
+    problem: Problem,
+    target: TopKTarget,
+    shard: VocabShard,
+    group: dist.ProcessGroup | None,
+    tiles: TileOptions,
+    rule: str,
+) -> tuple[dict[str, Tensor], tuple[Tensor | None, Tensor | None]]:
+    """(what all ranks share, (dh, dW)) of a rule."""
+    weight = Parameter(problem.student_weight.detach().clone())
+    hidden = problem.student_hidden.detach().clone().requires_grad_()
+    active, empty = (
+        topk_loss(
+            hidden,
+            weight,
+            target,
+            problem.labels,
+            coefficients,
+            rule=rule,
+            shard=shard,
+            tp_group=group,
+            options=tiles,
+        )
+        for coefficients in (coefficients_of(rule, problem), torch.zeros_like(problem.coefficients))
+    )
+    active.loss.backward()
+    # Nothing active anywhere: no rank may wait for another one.
+    empty.loss.backward()
+    stats = {name: value for name, value in active.stats._asdict().items() if value is not None}
+    return {"loss": active.loss.detach(), "active": active.active, **stats}, (hidden.grad, weight.grad)

@@ -55,3 +55,10 @@ def merge_largest(
     values, order = torch.cat([left[0], right[0]], dim=1).sort(dim=1, descending=True, stable=True)
     ids = torch.cat([left[1], right[1]], dim=1).gather(1, order)
     return values[:, :count].contiguous(), ids[:, :count].contiguous()
+
+
+def in_row(ids: Tensor, others: Tensor) -> Tensor:
+    """bool [T, K]: whether ``others`` [T, K'] holds each of ``ids`` [T, K] in the same row; no [T, K, K'] tensor."""
+    ordered = others.sort(dim=1).values
+    place = torch.searchsorted(ordered, ids.contiguous()).clamp_(max=others.shape[1] - 1)
+    return ordered.gather(1, place) == ids

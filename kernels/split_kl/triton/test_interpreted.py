@@ -39,9 +39,9 @@ from sead_kernels.split_kl.testing import (
     merged_entropy,
     merged_state,
     relative_error,
-    tail_loss_on_own_topk,
 )
 from sead_kernels.split_kl.topk import NO_ID
+from sead_kernels.split_kl.topk_testing import topk_loss_on_own_topk
 from sead_kernels.split_kl.triton import TritonBackend
 from sead_kernels.split_kl.triton.tile_sizes import Tile
 from torch import Tensor
@@ -287,7 +287,7 @@ class TestKernels:
                 problem.student_hidden.clone().requires_grad_(),
             )
             with LargestOutput() as largest:
-                loss = tail_loss_on_own_topk(problem, hidden, weight, topk=8, options=options)
+                loss = topk_loss_on_own_topk(problem, hidden, weight, topk=8, options=options)
                 loss.backward()
             assert largest.numel < 40 * 1000 / 8
             results.append((loss.detach(), hidden.grad, weight.grad))
