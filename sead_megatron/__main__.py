@@ -1,4 +1,4 @@
-"""`python -m sead_megatron train CONFIG [key=value ...]`, and `check` and `dry-run` with `--world-size N`.
+"""`python -m sead_megatron train CONFIG [key=value ...]`; `check`, `dry-run` with `--world-size N`; `report RUN_DIR`.
 
 This file is the process boundary: the only place that catches errors it did not expect.
 """
@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from sead_megatron import __version__
@@ -49,6 +50,7 @@ def _command(arguments: Sequence[str]) -> int:
         "train": _train,
         "check": _check,
         "dry-run": _dry_run,
+        "report": _report,
     }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(f"{__doc__.split(chr(10))[0]}\n\nEach has --help.")
@@ -97,6 +99,19 @@ def _dry_run(arguments: Sequence[str]) -> int:
     from sead_megatron.dry_run import print_dry_run
 
     print_dry_run(config, options.world_size, options.ranks_per_node)
+    return 0
+
+
+def _report(arguments: Sequence[str]) -> int:
+    parser = _Parser(prog="python -m sead_megatron report", description="Write an HTML page about runs.")
+    parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="default for one run: RUN_DIR/report.html"
+    )
+    options = parser.parse_intermixed_args(arguments)
+    from sead_megatron.report import write_report
+
+    print(write_report(options.run_dirs, options.output))
     return 0
 
 

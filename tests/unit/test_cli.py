@@ -73,7 +73,9 @@ sys.exit(cli.main(["train", *sys.argv[1:]]))
         (["train", "CONFIG", "--nproc-per-node", "two"],
          "error: command line: argument --nproc-per-node: 'two' is not a positive integer; "
          "run `python -m sead_megatron train --help`"),
-        (["tain"], 'error: command = "tain": must be train, check or dry-run; run `python -m sead_megatron --help`'),
+        (["tain"],
+         'error: command = "tain": must be train, check, dry-run or report; '
+         "run `python -m sead_megatron --help`"),
     ],
 )  # fmt: skip
 def test_user_errors_are_one_line_and_exit_code_2(
