@@ -15,7 +15,10 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import compress
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +43,7 @@ _ARITHMETIC = re.compile(r"[-+*/=<>^%±×÷·√≤≥≠≈−∑∏∫]+")
 _MARKUP = re.compile(r"\\[A-Za-z]+")
 
 
+@lru_cache(maxsize=2**16)
 def category_of_text(text: str) -> str:
     """The category of a token that is no strategy fork."""
     bare = text.strip()
@@ -85,7 +89,7 @@ class CategoryRow:
 
 def category_table(tokens: Tokens) -> list[CategoryRow]:
     """One row a category, in the order of the rule."""
-    names = np.array(categories(tokens), dtype=object)
+    names = np.array(categories(tokens))
     rows = []
     for name in CATEGORIES:
         inside = names == name
@@ -94,8 +98,7 @@ def category_table(tokens: Tokens) -> list[CategoryRow]:
             zone: float((tokens.in_zone(zone) & inside).sum()) / count if count and tokens.zoned else math.nan
             for zone in "ABC"
         }
-        texts, counts = np.unique(np.array(tokens.texts, dtype=object)[inside], return_counts=True)
-        frequent = [str(texts[i]) for i in np.argsort(-counts, kind="stable")[:6]]
+        frequent = [text for text, _ in Counter(compress(tokens.texts, inside.tolist())).most_common(6)]
         means = [_mean(values[inside]) for values in (tokens.forward_kl, tokens.reverse_kl)]
         rows.append(CategoryRow(name, count, shares, means[0], means[1], frequent))
     return rows

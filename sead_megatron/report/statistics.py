@@ -51,13 +51,13 @@ class Tokens:
 
     Attributes:
         texts: N decoded tokens.
-        zones: N letters, or "" where the objective has no zones.
+        zones: [N] letters, "" where the objective has no zones.
         student_entropy, teacher_entropy, forward_kl, reverse_kl: [N] in nats, NaN where not measured.
         loss: [N] each token's part of the objective's sum, NaN where it is not known.
     """
 
     texts: list[str]
-    zones: list[str]
+    zones: npt.NDArray[np.str_]
     student_entropy: Floats
     teacher_entropy: Floats
     forward_kl: Floats
@@ -69,11 +69,11 @@ class Tokens:
 
     @property
     def zoned(self) -> bool:
-        return any(self.zones)
+        return bool((self.zones != "").any())
 
     def in_zone(self, zone: str) -> npt.NDArray[np.bool_]:
         """bool [N]"""
-        return np.array([letter == zone for letter in self.zones], dtype=bool)
+        return self.zones == zone
 
 
 def tokens_of(run: Run, steps: Sequence[int]) -> Tokens:
@@ -81,7 +81,8 @@ def tokens_of(run: Run, steps: Sequence[int]) -> Tokens:
     rollouts = [(step, rollout) for step in steps for rollout in run.rollouts.get(step, [])]
     sequences = [rollout for _, rollout in rollouts]
     forward, reverse = _column(sequences, "forward_kl"), _column(sequences, "reverse_kl")
-    zones = [zone for rollout in sequences for zone in rollout.zones or [""] * len(rollout.tokens)]
+    letters = [letter for rollout in sequences for letter in rollout.zones or [""] * len(rollout.tokens)]
+    zones = np.array(letters, dtype="U1")
     token_steps = np.repeat([step for step, _ in rollouts], [len(rollout.tokens) for rollout in sequences])
     return Tokens(
         texts=[text for rollout in sequences for text in rollout.token_texts],
@@ -105,7 +106,7 @@ def _column(rollouts: Sequence[SampledRollout], name: str) -> Floats:
 
 
 def _losses(
-    run: Run, steps: npt.NDArray[np.int_], zones: list[str], forward: Floats, reverse: Floats
+    run: Run, steps: npt.NDArray[np.int_], zones: npt.NDArray[np.str_], forward: Floats, reverse: Floats
 ) -> Floats:
     """[N] as the objectives weight their tokens (`sead_megatron/objectives`), with the recorded alpha and lambda."""
     objective = run.config.objective
@@ -118,10 +119,9 @@ def _losses(
     mixed = alpha * scale * forward + (1 - alpha) * reverse
     if not objective.token_zones:
         return mixed
-    letters = np.array(zones, dtype="U1")
     on_c = mixed if objective.zone_c == "mix" else alpha * scale * forward
     return np.select(
-        [letters == "A", letters == "B", letters == "C"], [np.zeros_like(forward), reverse, on_c], math.nan
+        [zones == "A", zones == "B", zones == "C"], [np.zeros_like(forward), reverse, on_c], math.nan
     )
 
 
@@ -168,7 +168,7 @@ class ZoneShare:
 
 def zone_shares(tokens: Tokens) -> list[ZoneShare]:
     """One entry a zone. Shares of a KL are over the tokens where it was measured, of which there may be none."""
-    counted = sum(bool(zone) for zone in tokens.zones)
+    counted = int((tokens.zones != "").sum())
     rows = []
     for zone in "ABC":
         inside = tokens.in_zone(zone)

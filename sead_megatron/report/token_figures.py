@@ -124,9 +124,9 @@ def scatter(run: Run, steps: Sequence[int], tokens: Tokens) -> Chart:
         drawn = f" Thresholds ({of}): {drawn}."
     chart.note = f"Each dot is a token.{drawn} Values below 10⁻⁶ lie on the edge.{part}"
     chart.alt = f"Scatter of {len(known)} tokens, " + ", ".join(
-        f"zone {zone}: {tokens.zones.count(zone)}" if zone else f"without zone: {tokens.zones.count('')}"
+        f"{f'zone {zone}' if zone else 'without zone'}: {int(count)}"
         for zone in ZONES
-        if zone in tokens.zones
+        if (count := tokens.in_zone(zone).sum())
     )
     return chart
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from sead_megatron.report.loading import COLUMNS, Run, SampledRollout, within
 
-TOKEN_BUDGET = 30_000
-"""Tokens embedded in a page, about 60 bytes each."""
+TOKEN_BUDGET = 20_000
+"""Tokens embedded in a page, about 65 bytes each."""
 ROLLOUT_TOKENS = 1_500
 """Tokens of a rollout that are shown; the rest is counted."""
 _NAMES = {"\t": "⇥", "\r": "␍", " ": "␣"}

@@ -52,12 +52,26 @@ def assert_quiet(browser: Browser, page: Path) -> None:
     assert browser.of("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded") == []
 
 
+def text_of(browser: Browser, selector: str) -> str:
+    return str(browser.evaluate(f"document.querySelector({selector!r}).textContent"))
+
+
+def choose(browser: Browser, picker: str, index: int) -> None:
+    """What a reader does: take an option; the browser then sends `change`."""
+    browser.evaluate(
+        f"(() => {{ const picker = document.getElementById({picker!r}); picker.selectedIndex = {index}; "
+        "picker.dispatchEvent(new Event('change')); })()"
+    )
+
+
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [390, 1440])
 def test_fits_and_is_quiet(browser: Browser, page: Path, width: int, dark: bool) -> None:
     browser.open(page, width, 844, dark=dark)
     assert browser.evaluate("innerWidth") == width
-    assert browser.evaluate("document.documentElement.scrollWidth") == width
+    for rollout in (1, 0):  # one with a very long word and many tokens, one with long names
+        choose(browser, "rollout-picker", rollout)
+        assert browser.evaluate("document.documentElement.scrollWidth") == width
     background = browser.evaluate("getComputedStyle(document.body).backgroundColor")
     assert background == ("rgb(16, 19, 23)" if dark else "rgb(246, 247, 249)")
     assert_quiet(browser, page)
@@ -70,18 +84,6 @@ def test_wide_tables_scroll_inside(browser: Browser, page: Path) -> None:
         "return [box.scrollWidth, box.clientWidth]; })()"
     )
     assert inner > outer > 300
-
-
-def text_of(browser: Browser, selector: str) -> str:
-    return str(browser.evaluate(f"document.querySelector({selector!r}).textContent"))
-
-
-def choose(browser: Browser, picker: str, index: int) -> None:
-    """What a reader does: take an option; the browser then sends `change`."""
-    browser.evaluate(
-        f"(() => {{ const picker = document.getElementById({picker!r}); picker.selectedIndex = {index}; "
-        "picker.dispatchEvent(new Event('change')); })()"
-    )
 
 
 def test_token_viewer(browser: Browser, page: Path) -> None:
@@ -114,6 +116,17 @@ def test_a_token_shows_its_numbers(browser: Browser, page: Path) -> None:
         and "forward KL0.1 nats" in detail
         and "logprob−0.1 nats" in detail
     )
+    x, y = browser.evaluate(
+        "(() => { document.getElementById('tokens').scrollIntoView({behavior: 'instant', block: 'center'}); "
+        "const r = document.querySelector('#tokens span').getBoundingClientRect(); return [r.left + 3, r.top + 3]; })()"
+    )
+    browser.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+    assert browser.evaluate("document.querySelector('#viewer .tooltip').innerText").split("\n")[:3] == [
+        "position\t1",
+        "id\t0",
+        "zone\tA",
+    ]
+    browser.evaluate("document.querySelector('#tokens span:nth-child(2)').click()")
     for key in ("ArrowLeft", "ArrowLeft"):
         browser.evaluate(
             f"document.getElementById('tokens').dispatchEvent(new KeyboardEvent('keydown', {{key: '{key}'}}))"

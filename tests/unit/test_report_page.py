@@ -30,6 +30,7 @@ class Page(HTMLParser):
         super().__init__()
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.text = ""
+        self.labels: list[tuple[str, str]] = []
         self.data: list[dict[str, Any]] = []
         self._inside: list[str] = []
         self.source = path.read_text()
@@ -50,6 +51,7 @@ class Page(HTMLParser):
             self.data = json.loads(data)
         elif not self._inside:
             self.text += data
+            self.labels.append((self.tags[-1][0] if self.tags else "", data))
 
     def count(self, tag: str) -> int:
         return [name for name, _ in self.tags].count(tag)
@@ -73,6 +75,14 @@ def test_a_whole_run(tmp_path: Path) -> None:
     assert "Accuracy, step 4 50.0 % 28.0 % to 72.0 %, 25.0 % before" in text  # Wilson of 8 of 16
     assert "Steps 4 of 4" in text and "SEAD (full)" in text
     assert "Zone A's forward KL 10.0 % from 50.0 % of the tokens" in text
+    assert "rollout 75.0 % update 25.0 %" in text and "alarm at 0.05: never reached" in text
+    assert (
+        "Thresholds (medians over the steps): C teacher ≥ 0.5; A student ≤ 0.02 and teacher ≤ 0.01." in text
+    )
+    assert (
+        "Zone A · 0.00× Zone B · 1.00× Zone C · 2.00×" in text
+    )  # forward KLs 0, 0.1 and 0.2 in every rollout
+    assert "alarm at 0.05" in [label for tag, label in page.labels if tag == "text"]
     assert "What is missing" not in text and page.count("section") == 7
     assert [entry["step"] for entry in page.data[0]["steps"]] == [1, 2, 3, 4]
     assert page.data[0]["steps"][2]["rollouts"][0]["texts"] == ["3", " so", "{"]

@@ -75,6 +75,8 @@ function viewer() {
   const [runPicker, stepPicker, rolloutPicker] = ["run-picker", "step-picker", "rollout-picker"].map(get);
   const [facts, prompt, box, note, detail] = ["rollout-facts", "rollout-prompt", "tokens", "rollout-note", "token-detail"].map(get);
   const hint = detail.firstElementChild;
+  const tooltip = get("viewer").appendChild(element("div", "tooltip"));
+  tooltip.hidden = true;
   let rollout = null;
   let chosen = -1;
 
@@ -163,27 +165,53 @@ function viewer() {
     chosen = i;
     const node = box.children[i];
     node.classList.add("chosen");
-    const parts = [["token", node.textContent, "code"], ["position", i + 1], ["id", rollout.ids[i]]];
-    parts.push(["zone", rollout.zones ? rollout.zones[i] : "none"]);
-    for (const [key, name] of COLUMNS) {
-      if (rollout[key]) parts.push([name, rollout[key][i] === null ? "not finite" : `${rollout[key][i]} nats`.replace("-", "−")]);
-    }
+    const parts = numbers(i);
+    parts.unshift(["token", node.textContent, "code"]);
     detail.replaceChildren(
       ...parts.map(([name, value, tag]) => {
         const part = element("span");
-        part.append(element("b", "", name), element(tag || "span", "", String(value)));
+        part.append(element("b", "", name), element(tag || "span", "", value));
         return part;
       }),
     );
   }
 
+  function numbers(i) {
+    const parts = [["position", i + 1], ["id", rollout.ids[i]], ["zone", rollout.zones ? rollout.zones[i] : "none"]];
+    for (const [key, name] of COLUMNS) {
+      if (rollout[key]) parts.push([name, rollout[key][i] === null ? "not finite" : `${rollout[key][i]} nats`.replace("-", "−")]);
+    }
+    return parts;
+  }
+
+  // The same numbers beside the pointer; on a touch screen the line below the tokens is enough.
+  function showTooltip(node) {
+    const table = element("table");
+    for (const [name, value] of numbers(Number(node.dataset.token))) {
+      const row = table.insertRow();
+      row.append(element("th", "", name), element("td", "", value));
+    }
+    tooltip.replaceChildren(table);
+    tooltip.hidden = false;
+    const frame = get("viewer").getBoundingClientRect();
+    const place = node.getClientRects()[0];
+    const left = Math.min(place.left - frame.left, frame.width - tooltip.offsetWidth - 8);
+    tooltip.style.left = `${Math.max(8, left)}px`;
+    tooltip.style.top = `${place.bottom - frame.top + 6}px`;
+  }
+
   function onToken(event) {
     const node = event.target.closest("[data-token]");
-    if (node) choose(Number(node.dataset.token));
+    tooltip.hidden = true;
+    if (!node) return;
+    choose(Number(node.dataset.token));
+    if (event.pointerType === "mouse") showTooltip(node);
   }
 
   box.addEventListener("pointerover", onToken);
   box.addEventListener("click", onToken);
+  box.addEventListener("pointerleave", () => { tooltip.hidden = true; });
+  box.addEventListener("scroll", () => { tooltip.hidden = true; });
   box.addEventListener("keydown", (event) => {
     const move = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
     if (!move) return;
