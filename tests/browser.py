@@ -10,6 +10,7 @@ import select
 import shutil
 import subprocess
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -51,16 +52,25 @@ class Browser:
         )
         os.close(theirs_in)
         os.close(theirs_out)
-        target = self._page()
-        attached = self._call("Target.attachToTarget", {"targetId": target, "flatten": True}, session=None)
-        self._session = attached["sessionId"]
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            self.call(f"{domain}.enable")
+        with ExitStack() as undo:
+            undo.callback(self.close)
+            target = self._page()
+            attached = self._call(
+                "Target.attachToTarget", {"targetId": target, "flatten": True}, session=None
+            )
+            self._session = attached["sessionId"]
+            for domain in ("Page", "Runtime", "Log", "Network"):
+                self.call(f"{domain}.enable")
+            undo.pop_all()
 
     def __enter__(self) -> Browser:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the browser."""
         self._process.terminate()
         try:
             self._process.wait(20)

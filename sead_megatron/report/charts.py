@@ -15,7 +15,9 @@ from sead_megatron.report.loading import evenly
 
 WIDTH, HEIGHT = 480, 300
 LEFT, RIGHT, TOP, BOTTOM = 56, 468, 28, 258
-_POINTS = 600
+FRAME = {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "bottom": BOTTOM}
+"""The same for templates/chart.html."""
+LINE_POINTS = 600
 """A line has at most so many points; of more, evenly spaced ones are drawn."""
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -160,8 +162,8 @@ class Line:
     high: Sequence[float] = ()
 
     def thinned(self) -> Line:
-        """At most `_POINTS` of the points."""
-        kept = evenly(range(len(self.x)), _POINTS)
+        """At most `LINE_POINTS` of the points."""
+        kept = evenly(range(len(self.x)), LINE_POINTS)
         parts = (self.x, self.y, self.low, self.high)
         x, y, low, high = ([part[i] for i in kept] if part else [] for part in parts)
         return Line(self.name, self.colour, x, y, self.dashed, low, high)
@@ -250,7 +252,13 @@ def _hover(lines: Sequence[Line], x: Axis, y: Axis, shown: Any) -> dict[str, Any
             for step in steps
         ]
         series.append({"name": line.name, "colour": line.colour, "points": entries})
-    return {"x": [x.place(step) for step in steps], "steps": steps, "series": series}
+    return {
+        "x": [x.place(step) for step in steps],
+        "steps": steps,
+        "series": series,
+        "top": TOP,
+        "bottom": BOTTOM,
+    }
 
 
 def dots(points: Iterable[tuple[float, float]]) -> str:

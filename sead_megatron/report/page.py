@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from sead_megatron import __version__
 from sead_megatron.report import figures
 from sead_megatron.report.categories import TRANSITIONS
-from sead_megatron.report.charts import number_text, percent_text
+from sead_megatron.report.charts import FRAME, number_text, percent_text
 from sead_megatron.report.comparison import ComparedRun, compare
 from sead_megatron.report.loading import Run
 from sead_megatron.report.token_figures import token_panels
@@ -36,6 +36,7 @@ def render(runs: Sequence[Run]) -> str:
         "duration": duration,
         "points": points,
     }
+    environment.globals["frame"] = FRAME
     style, script = (_asset(f"report.{kind}") for kind in ("css", "js"))
     compared = compare(runs)
     return environment.get_template("report.html").render(

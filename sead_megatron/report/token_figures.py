@@ -39,7 +39,7 @@ from sead_megatron.report.statistics import (
 
 FLOOR = 1e-6
 """Rollout records round to 6 decimals: on a log axis, smaller values lie on this one."""
-_SCATTER_POINTS = 3000
+SCATTER_POINTS = 3000
 _CURVE_POINTS = 1200
 _SINGLE_STEPS = 8
 ZONES = {"A": "zone-a", "B": "zone-b", "C": "zone-c", "": "zone-none"}
@@ -103,7 +103,7 @@ def scatter(run: Run, steps: Sequence[int], tokens: Tokens) -> Chart:
     known = np.flatnonzero(np.isfinite(tokens.student_entropy) & np.isfinite(tokens.teacher_entropy))
     if not len(known):
         return Chart(title, unit, missing="these rollouts lack one of the entropies")
-    shown = evenly(known.tolist(), _SCATTER_POINTS)
+    shown = evenly(known.tolist(), SCATTER_POINTS)
     x = log_axis(tokens.student_entropy[known].tolist(), LEFT, RIGHT, FLOOR)
     y = log_axis(tokens.teacher_entropy[known].tolist(), BOTTOM, TOP, FLOOR)
     chart = Chart(

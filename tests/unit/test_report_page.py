@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from sead_megatron import __main__ as cli
-from sead_megatron.report import loading, viewer, write_report
+from sead_megatron.report import charts, loading, token_figures, viewer, write_report
+from sead_megatron.report.categories import CATEGORIES
 from sead_megatron.report.charts import Axis, Line, line_chart, linear_axis, log_axis, tick_label
 from sead_megatron.report.comparison import method_name
 from sead_megatron.report.loading import evenly, load_runs
@@ -245,6 +246,14 @@ def test_long_rollouts_and_many_steps_are_cut(tmp_path: Path, monkeypatch: pytes
     (loaded,) = load_runs([run.path])
     assert list(loaded.rollouts) == [1, 5, 10]
     assert "Rollouts of 3 of 10 steps are read: the files are large." in loaded.gaps
+
+
+def test_the_document_names_the_limits() -> None:
+    document = (Path(__file__).parents[2] / "docs/report.md").read_text()
+    limits = (viewer.TOKEN_BUDGET, viewer.ROLLOUT_TOKENS, token_figures.SCATTER_POINTS, charts.LINE_POINTS)
+    assert all(f"{limit:,}" in document for limit in limits)
+    assert f"{loading.ROLLOUT_BYTES >> 20} MiB" in document
+    assert all(f"\n| {category} |" in document for category in CATEGORIES)
 
 
 def test_evenly_and_step_sets() -> None:

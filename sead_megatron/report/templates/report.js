@@ -14,6 +14,7 @@ const SVG = "http://www.w3.org/2000/svg";
 
 function hoverable(svg) {
   const data = JSON.parse(svg.dataset.hover);
+  const width = svg.viewBox.baseVal.width;
   const cursor = svg.appendChild(document.createElementNS(SVG, "path"));
   cursor.setAttribute("class", "cursor");
   const tooltip = svg.parentNode.appendChild(element("div", "tooltip"));
@@ -21,10 +22,10 @@ function hoverable(svg) {
 
   function show(event) {
     const frame = svg.getBoundingClientRect();
-    const x = ((event.clientX - frame.left) / frame.width) * 480;
+    const x = ((event.clientX - frame.left) / frame.width) * width;
     let nearest = 0;
     data.x.forEach((place, i) => { if (Math.abs(place - x) < Math.abs(data.x[nearest] - x)) nearest = i; });
-    cursor.setAttribute("d", `M${data.x[nearest]} 28V258`);
+    cursor.setAttribute("d", `M${data.x[nearest]} ${data.top}V${data.bottom}`);
     tooltip.replaceChildren(element("b", "", `step ${data.steps[nearest]}`));
     for (const series of data.series) {
       const point = series.points[nearest];
@@ -33,7 +34,7 @@ function hoverable(svg) {
       row.append(element("i", `chip ${series.colour}`), `${series.name}: ${point[1]}`);
     }
     tooltip.hidden = false;
-    const left = (data.x[nearest] / 480) * frame.width;
+    const left = (data.x[nearest] / width) * frame.width;
     const beside = left + 12 + tooltip.offsetWidth > frame.width ? left - 12 - tooltip.offsetWidth : left + 12;
     tooltip.style.left = `${Math.max(0, Math.min(beside, frame.width - tooltip.offsetWidth))}px`;
   }
