@@ -17,6 +17,7 @@ from .checks import (
     check_labels,
     check_model,
     check_pair,
+    check_rows,
     check_support,
     check_temperature,
     check_topk,
@@ -25,6 +26,7 @@ from .checks import (
 from .entropy_state import EntropyState
 from .gemm import compute_dtype
 from .logit_cache import LogitCache
+from .pointwise import PointwiseRule
 from .state import TokenStats
 from .support import SupportGradient
 from .tiling import DEFAULT_TILES, TileOptions, VocabShard
@@ -209,21 +211,109 @@ def linear_support_grads(
     )
 
 
+def linear_pointwise_stats(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    stats: TokenStats,
+    rule: PointwiseRule,
+    *,
+    shard: VocabShard,
+    temperature: float = 1.0,
+    options: TileOptions = DEFAULT_TILES,
+    cache: LogitCache | None = None,
+) -> Tensor:
+    """Between the passes: this shard's part of a pointwise divergence, logits recomputed.
+
+    Args:
+        student_hidden ... teacher_weight: as in :func:`linear_stats`.
+        stats: of the same tokens and temperature, over the whole vocabulary; the two log-sum-exps are read.
+        cache: what pass 1 left there is used, and stays for pass 2.
+
+    Returns:
+        [4, T] float32 (float64), rows ``pointwise.SUMS``: sum_v min(f_v, clip), sum_v p_v g_v, sum_v p_v and
+        sum_v |p_v - q_v|. They add up over shards: give them to ``sum_tp``.
+
+    Raises:
+        ValueError: naming the argument, what it got and what it wanted.
+    """
+    pair = (student_hidden, student_weight, teacher_hidden, teacher_weight)
+    backend = _checked_backend(*pair, None, shard, temperature, options)
+    check_columns("stats", stats._asdict(), student_hidden.shape[0])
+    return backend.pointwise_stats(
+        *pair, stats, rule, shard=shard, temperature=temperature, options=options, cache=cache
+    )
+
+
+def linear_pointwise_grads(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    stats: TokenStats,
+    mean: Tensor,
+    coefficients: Tensor,
+    rule: PointwiseRule,
+    *,
+    shard: VocabShard,
+    temperature: float = 1.0,
+    options: TileOptions = DEFAULT_TILES,
+    weight_grad: Tensor | None = None,
+    weight_requires_grad: bool = True,
+    cache: LogitCache | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Pass 2: gradients of sum_t coefficients_t D_t, logits recomputed.
+
+    Args:
+        student_hidden ... stats: as in :func:`linear_pointwise_stats`.
+        mean: [T], of its result over the whole vocabulary row 1 over row 2.
+        coefficients: [T] float32 (float64). Zeros cost as much as others: drop those rows before.
+        weight_grad ... cache: as in :func:`linear_split_kl_grads`.
+
+    Returns:
+        As :func:`linear_split_kl_grads`.
+
+    Raises:
+        ValueError: naming the argument, what it got and what it wanted.
+    """
+    pair = (student_hidden, student_weight, teacher_hidden, teacher_weight)
+    backend = _checked_backend(*pair, None, shard, temperature, options)
+    check_coefficients(coefficients, student_hidden, None)
+    check_columns("stats", stats._asdict(), student_hidden.shape[0])
+    check_rows(student_hidden.shape[0], mean=mean)
+    check_weight_grad(weight_grad, student_weight)
+    return backend.pointwise_gradients(
+        *pair,
+        stats,
+        mean,
+        coefficients,
+        rule,
+        shard=shard,
+        temperature=temperature,
+        options=options,
+        weight_grad=weight_grad,
+        weight_requires_grad=weight_requires_grad,
+        cache=cache,
+    )
+
+
 def _checked_backend(
     student_hidden: Tensor,
     student_weight: Tensor,
     teacher_hidden: Tensor,
     teacher_weight: Tensor,
-    labels: Tensor,
+    labels: Tensor | None,
     shard: VocabShard,
     temperature: float,
     options: TileOptions,
 ) -> Backend:
-    """The backend to use, once everything that both passes get is known to be right."""
+    """The backend to use, once everything that the passes over two models get is known to be right."""
     check_model("student", student_hidden, student_weight)
     check_model("teacher", teacher_hidden, teacher_weight)
     check_pair(student_hidden, student_weight, teacher_hidden, teacher_weight)
-    check_labels(labels, student_hidden, shard)
+    if labels is not None:
+        check_labels(labels, student_hidden, shard)
     check_temperature(temperature)
     if options.check_finite:
         check_finite(
@@ -232,4 +322,5 @@ def _checked_backend(
             teacher_hidden=teacher_hidden,
             teacher_weight=teacher_weight,
         )
-    return resolve_backend(options.backend, labels.device, compute_dtype(student_hidden, teacher_hidden))
+    dtype = compute_dtype(student_hidden, teacher_hidden)
+    return resolve_backend(options.backend, student_hidden.device, dtype)

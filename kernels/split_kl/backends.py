@@ -16,7 +16,7 @@ from .triton import TritonBackend
 
 
 class Backend(Protocol):
-    """The four passes on checked arguments; signatures and contracts are those of ``TiledBackend``."""
+    """The six passes on checked arguments; signatures and contracts are those of ``TiledBackend``."""
 
     def unavailable(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """None where it can run, else one sentence: why not and how to get it.
@@ -31,6 +31,10 @@ class Backend(Protocol):
     def gradients(self, *args: object, **kwargs: object) -> tuple[Tensor, Tensor | None]: ...
 
     def support_gradients(self, *args: object, **kwargs: object) -> tuple[Tensor, Tensor | None]: ...
+
+    def pointwise_stats(self, *args: object, **kwargs: object) -> Tensor: ...
+
+    def pointwise_gradients(self, *args: object, **kwargs: object) -> tuple[Tensor, Tensor | None]: ...
 
 
 # "auto" takes the first that is available for the device and dtype: native tile kernels around library GEMMs

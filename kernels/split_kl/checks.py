@@ -16,16 +16,18 @@ COEFFICIENTS = ("forward_kl", "reverse_kl", "entropy", "logprob")
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def check_coefficients(coefficients: Tensor, hidden: Tensor) -> None:
-    """ValueError unless ``coefficients`` is float32 (float64) [tokens, 4] on the device of ``hidden``."""
-    tokens = hidden.shape[0]
-    if coefficients.shape != (tokens, len(COEFFICIENTS)) or coefficients.dtype not in (
-        torch.float32,
-        torch.float64,
-    ):
+def check_coefficients(
+    coefficients: Tensor, hidden: Tensor, columns: tuple[str, ...] | None = COEFFICIENTS
+) -> None:
+    """ValueError unless ``coefficients`` is float32 (float64) on the device of ``hidden``, [tokens, columns].
+
+    ``columns`` None: one number a token, [tokens].
+    """
+    shape = hidden.shape[:1] if columns is None else (hidden.shape[0], len(columns))
+    if coefficients.shape != shape or coefficients.dtype not in (torch.float32, torch.float64):
+        names = "" if columns is None else f", columns {columns}"
         raise ValueError(
-            f"coefficients is {describe(coefficients)}, wanted float32 of shape "
-            f"({tokens}, {len(COEFFICIENTS)}), columns {COEFFICIENTS}"
+            f"coefficients is {describe(coefficients)}, wanted float32 of shape {tuple(shape)}{names}"
         )
     if coefficients.device != hidden.device:
         raise ValueError(

@@ -13,7 +13,7 @@ from .gemm import Workspace, tile_bytes
 
 
 class LogitCache:
-    """Pairs of student and teacher tiles by their place; each is handed out once.
+    """Pairs of student and teacher tiles by their place.
 
     It knows places, not tokens: one object for one pass 1 and one pass 2 over the same inputs.
     """
@@ -25,7 +25,7 @@ class LogitCache:
     def reserve(
         self, window: slice, rows: slice, dtype: torch.dtype, device: torch.device
     ) -> list[Tensor] | None:
-        """Two tiles to fill, which :meth:`take` will find again; None if they no longer fit the budget."""
+        """Two tiles to fill, which the other methods will find again; None if they no longer fit the budget."""
         shape = rows.stop - rows.start, window.stop - window.start
         size = 2 * tile_bytes(*shape, dtype)
         if size > self._bytes_left:
@@ -34,6 +34,10 @@ class LogitCache:
         tiles = Workspace(*shape, device, [dtype, dtype]).views(*shape)
         self._tiles[_place(window, rows)] = tiles
         return tiles
+
+    def look(self, window: slice, rows: slice) -> list[Tensor] | None:
+        """The two tiles of this place, still kept; None where they are not."""
+        return self._tiles.get(_place(window, rows))
 
     def take(self, window: slice, rows: slice) -> list[Tensor] | None:
         """The two tiles of this place, no longer kept; None where they were not."""

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from .gemm import tile_extent
+from .pointwise import RuleNumbers
 
 
 class NativeTiles(ABC):
-    """See :class:`tile_loop.TileKernels`. The kernels read logits and leave them as they are; no scratch."""
+    """See :class:`tile_kernels.TileKernels`. The kernels read logits and leave them as they are; no scratch."""
 
     stats_keeps_tiles = True
-    stats_scratch, entropy_scratch, gradient_scratch = 0, 0, 0
+    stats_scratch, entropy_scratch, gradient_scratch, pointwise_scratch = 0, 0, 0, 0
 
     @abstractmethod
     def unavailable(self, device: torch.device, dtype: torch.dtype) -> str | None: ...
@@ -65,3 +66,29 @@ class NativeTiles(ABC):
     ) -> None:
         self._call("support_gradient", z, *tile_extent(z), scale, scalars, scalars.stride(0), columns, values,
                    columns.shape[1], dz, dz.stride(0), *self._dz_arguments(dz))  # fmt: skip
+
+    def pointwise_stats(
+        self,
+        z: Tensor,
+        w: Tensor,
+        scratch: list[Tensor],
+        scale: float,
+        lse: Tensor,
+        rule: RuleNumbers,
+        sums: Tensor,
+    ) -> None:
+        self._call("pointwise_stats", z, w, *tile_extent(z), scale, lse, lse.stride(0), *rule, sums,
+                   sums.stride(0))  # fmt: skip
+
+    def pointwise_gradient(
+        self,
+        z: Tensor,
+        w: Tensor,
+        scratch: list[Tensor],
+        scale: float,
+        scalars: Tensor,
+        rule: RuleNumbers,
+        dz: Tensor,
+    ) -> None:
+        self._call("pointwise_gradient", z, w, *tile_extent(z), scale, scalars, scalars.stride(0), *rule, dz,
+                   dz.stride(0), *self._dz_arguments(dz))  # fmt: skip

@@ -2,14 +2,17 @@
 
 Weights are those of the whole vocabulary, with the padding rows, if any, at the end. ``dense_loss`` is built
 from ``log_softmax`` alone, for torch autograd; ``dense_stats`` and ``dense_gradients`` are the closed
-formulas.
+formulas. A pointwise divergence is its published definition, for autograd too.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from .pointwise import PointwiseRule
 from .state import TokenStats
 from .topk import NO_ID
 
@@ -172,3 +175,42 @@ def dense_topk_loss(
     ]
     terms = torch.stack(rows)
     return (coefficients.double() * terms).sum(), terms.detach()
+
+
+def pointwise_entries(log_p: Tensor, log_q: Tensor, rule: PointwiseRule) -> Tensor:
+    """min(f, clip) of every vocabulary entry as published, from log-probabilities of student and teacher.
+
+    torch autograd with respect to ``log_p`` gives p g.
+    """
+    p, q = log_p.exp(), log_q.exp()
+    if rule.kind == "forward":
+        entries = q * (log_q - log_p)
+    elif rule.kind == "reverse":
+        entries = p * (log_p - log_q)
+    else:
+        assert rule.share is not None
+        of_teacher = 1 - rule.share if rule.kind == "skew_reverse" else rule.share
+        log_m = torch.logaddexp(log_q + math.log(of_teacher), log_p + math.log(1 - of_teacher))
+        if rule.kind == "jsd":
+            entries = rule.share * q * (log_q - log_m) + (1 - rule.share) * p * (log_p - log_m)
+        elif rule.kind == "skew_forward":
+            entries = q * (log_q - log_m)
+        else:
+            entries = p * (log_p - log_m)
+    return entries if rule.clip is None else entries.clamp(max=rule.clip)
+
+
+def dense_pointwise(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    rule: PointwiseRule,
+    *,
+    valid: int,
+    temperature: float = 1.0,
+) -> Tensor:
+    """The divergence of each token, [T] float64, which torch autograd differentiates."""
+    log_p = _logits(student_hidden, student_weight, valid, temperature).log_softmax(-1)
+    log_q = _logits(teacher_hidden, teacher_weight, valid, temperature).log_softmax(-1).detach()
+    return pointwise_entries(log_p, log_q, rule).sum(-1)

@@ -47,6 +47,13 @@ def merge_tp(state: Tensor | EntropyState, group: dist.ProcessGroup | None) -> T
     return _fold(parts, merge_entropy)
 
 
+def sum_tp(sums: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """[rows, T] added up over the ranks in their order, on every rank: the same bits on all of them."""
+    if group is None or group.size() == 1:
+        return sums
+    return _fold(list(_gather(sums, group).unbind(0)), torch.add)
+
+
 def _gather(packed: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[rows, columns] of every rank as [ranks, rows, columns]."""
     # gloo takes the concatenation along dimension 0 only, NCCL also the stack.

@@ -13,13 +13,22 @@ from sead_kernels.split_kl import (
     finalize,
     gemm,
     gradient_loop,
+    linear_pointwise_grads,
+    linear_pointwise_stats,
     linear_split_kl_grads,
     linear_support_grads,
     tile_loop,
 )
-from sead_kernels.split_kl.reference import dense_gradients
+from sead_kernels.split_kl.reference import dense_gradients, dense_pointwise
 from sead_kernels.split_kl.support import SupportGradient
-from sead_kernels.split_kl.testing import EMULATED, Problem, make_problem, merged_state, small_tiles
+from sead_kernels.split_kl.testing import (
+    EMULATED,
+    POINTWISE_RULES,
+    Problem,
+    make_problem,
+    merged_state,
+    small_tiles,
+)
 from torch import Tensor
 
 TILES = small_tiles(EMULATED)
@@ -70,6 +79,24 @@ def test_split_gradients(dz_tiles: list[Tensor], temperature: float) -> None:
     )
     assert dz_tiles and all(tile.dtype == torch.bfloat16 for tile in dz_tiles)
     assert 5e-4 < norm_error(dh, expected_dh) <= 2.2e-3, "rounded once, and no more than once"
+    assert 5e-4 < norm_error(sums, expected_dw) <= 2.2e-3
+
+
+def test_pointwise_gradients(dz_tiles: list[Tensor]) -> None:
+    problem, rule = wide_problem(), POINTWISE_RULES[1]
+    stats = finalize(merged_state(problem, 1, options=TILES))
+    pair, coefficients = problem.inputs()[:4], problem.coefficients[:, 0].contiguous()
+    rows = linear_pointwise_stats(*pair, stats, rule, shard=problem.shard(), options=TILES)
+    sums = torch.zeros(512, 16)
+    dh, _ = linear_pointwise_grads(
+        *pair, stats, rows[1] / rows[2], coefficients, rule, shard=problem.shard(), options=TILES,
+        weight_grad=sums,
+    )  # fmt: skip
+    exact = pair[0].double().requires_grad_(), pair[1].double().requires_grad_()
+    divergence = dense_pointwise(*exact, *pair[2:], rule, valid=problem.valid)
+    expected_dh, expected_dw = torch.autograd.grad((coefficients.double() * divergence).sum(), exact)
+    assert dz_tiles and all(tile.dtype == torch.bfloat16 for tile in dz_tiles)
+    assert 5e-4 < norm_error(dh, expected_dh) <= 2.2e-3
     assert 5e-4 < norm_error(sums, expected_dw) <= 2.2e-3
 
 

@@ -13,7 +13,13 @@ import pytest
 import torch
 from sead_kernels.split_kl import TileOptions, split_kl_loss
 from sead_kernels.split_kl.reference import dense_loss
-from sead_kernels.split_kl.testing import LargestOutput, Problem, make_problem
+from sead_kernels.split_kl.testing import (
+    POINTWISE_RULES,
+    LargestOutput,
+    Problem,
+    make_problem,
+    run_pointwise,
+)
 from sead_kernels.split_kl.topk_testing import topk_loss_on_own_topk
 from torch.nn import Parameter
 
@@ -33,7 +39,7 @@ def problem_and_leaves(dtype: torch.dtype) -> tuple[Problem, Parameter, torch.Te
 
 
 def step(dtype: torch.dtype, tiles: TileOptions) -> int:
-    """The exact loss, both top-k lists and a loss on them, forward and backward."""
+    """The exact loss, both top-k lists and a loss on them, a pointwise one, forward and backward."""
     problem, weight, hidden = problem_and_leaves(dtype)
     with LargestOutput() as largest:
         split_kl_loss(
@@ -50,6 +56,7 @@ def step(dtype: torch.dtype, tiles: TileOptions) -> int:
         topk_loss_on_own_topk(
             problem, hidden, weight, topk=8, options=tiles, rule="student_topk_policy", support="union"
         ).backward()
+        run_pointwise(problem, hidden, weight, POINTWISE_RULES[1], options=tiles).loss.backward()
     assert weight.grad is not None and bool(weight.grad.any())
     return largest.numel
 

@@ -15,11 +15,18 @@ from sead_kernels.split_kl import RULES, TileOptions, finalize
 from sead_kernels.split_kl.reference import (
     dense_gradients,
     dense_loss,
+    dense_pointwise,
     dense_stats,
     dense_topk_entropy,
     dense_topk_loss,
 )
-from sead_kernels.split_kl.testing import coefficients_of, make_problem, relative_error, tensor_parallel_rank
+from sead_kernels.split_kl.testing import (
+    TENSOR_PARALLEL_RULE,
+    coefficients_of,
+    make_problem,
+    relative_error,
+    tensor_parallel_rank,
+)
 from torch import Tensor
 
 
@@ -56,6 +63,19 @@ def test_ranks_agree_bitwise_and_with_the_oracle(ranks: int, tiles: TileOptions,
         assert shared[f"{rule}.loss"].item() == pytest.approx(float(loss.detach()), rel=1e-5), rule
         assert hidden.grad is not None and weight.grad is not None
         assert_gradients([part[rule] for part in gradients], hidden.grad, weight.grad)
+
+    leaves = (
+        problem.student_hidden.double().requires_grad_(),
+        problem.student_weight.double().requires_grad_(),
+    )
+    divergence = dense_pointwise(
+        *leaves, problem.teacher_hidden, problem.teacher_weight, TENSOR_PARALLEL_RULE, valid=problem.valid
+    )
+    loss = (problem.coefficients[:, 0].double() * divergence).sum()
+    assert_gradients([part["pointwise"] for part in gradients], *torch.autograd.grad(loss, leaves))
+    assert shared["pointwise.loss"].item() == pytest.approx(loss.item(), rel=1e-5)
+    error = shared["pointwise.divergence"] - divergence.detach()[shared["active"]]
+    assert float(error.abs().max()) <= 1e-5
 
 
 def assert_gradients(parts: list[tuple[Tensor, Tensor]], dh: Tensor, dw: Tensor) -> None:

@@ -19,6 +19,8 @@ from .checks import COEFFICIENTS
 from .cuda import CudaTiles
 from .entropy_state import EntropyState, finalize_entropy, merge_entropy
 from .loss import split_kl_loss
+from .pointwise import PointwiseRule
+from .pointwise_loss import PointwiseOutput, pointwise_loss
 from .state import merge
 from .tensor_parallel import merge_tp
 from .tile_loop import TiledBackend
@@ -28,6 +30,23 @@ from .topk_rules import RULES
 from .topk_target import TopKTarget
 
 EMULATED = "cuda-emulated"
+
+# Every kind, with and without a clip that clamps some entries of the problems below and not others.
+POINTWISE_RULES = [
+    PointwiseRule("jsd", 0.5),
+    PointwiseRule("jsd", 0.1, clip=0.01),
+    PointwiseRule("skew_forward", 0.1),
+    PointwiseRule("skew_forward", 0.3, clip=0.05),
+    PointwiseRule("skew_reverse", 0.1),
+    PointwiseRule("skew_reverse", 0.7, clip=0.05),
+    PointwiseRule("forward"),
+    PointwiseRule("forward", clip=0.05),
+    PointwiseRule("reverse"),
+    PointwiseRule("reverse", clip=0.05),
+]
+
+
+TENSOR_PARALLEL_RULE = POINTWISE_RULES[1]
 
 
 def small_tiles(backend: str) -> TileOptions:
@@ -172,6 +191,23 @@ def coefficients_of(rule: str, problem: Problem) -> Tensor:
     return coefficients
 
 
+def run_pointwise(
+    problem: Problem, hidden: Tensor, weight: Tensor, rule: PointwiseRule, **settings: Any
+) -> PointwiseOutput:
+    """The loss with the first column of the coefficients; ``hidden``, ``weight``: student leaves."""
+    settings = {"shard": problem.shard(), "tp_group": None, "options": SMALL_TILES} | settings
+    return pointwise_loss(
+        hidden,
+        weight,
+        problem.teacher_hidden,
+        problem.teacher_weight,
+        problem.labels,
+        problem.coefficients[:, 0].contiguous(),
+        rule,
+        **settings,
+    )
+
+
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """max |actual - expected| / max |expected|."""
     return float((actual.double() - expected.double()).abs().max() / expected.double().abs().max())
@@ -214,6 +250,12 @@ def tensor_parallel_rank(rank: int, ranks: int, directory: str, backend: str) ->
         options=tiles,
     )
     output.loss.backward()
+    gradients = {"exact": (hidden.grad, weight.grad)}
+    hidden.grad = weight.grad = None
+    settings = {"shard": shard, "tp_group": group, "options": tiles}
+    pointwise = run_pointwise(problem, hidden, weight, TENSOR_PARALLEL_RULE, **settings)
+    pointwise.loss.backward()
+    gradients["pointwise"] = (hidden.grad, weight.grad)
     # Nothing active anywhere: no rank may wait for another one.
     empty = split_kl_loss(
         hidden,
@@ -227,11 +269,14 @@ def tensor_parallel_rank(rank: int, ranks: int, directory: str, backend: str) ->
         options=tiles,
     )
     empty.loss.backward()
+    nothing = replace(problem, coefficients=torch.zeros_like(problem.coefficients))
+    run_pointwise(nothing, hidden, weight, TENSOR_PARALLEL_RULE, **settings).loss.backward()
     shared = {"state": state, "loss": output.loss.detach(), "active": output.active}
     shared |= {f"stats.{name}": value for name, value in output.stats._asdict().items()}
+    shared["pointwise.loss"] = pointwise.loss.detach()
+    shared |= {f"pointwise.{name}": value for name, value in pointwise.stats._asdict().items()}
     for topk, stats in entropy.items():
         shared |= {f"{topk}.{name}": value for name, value in stats._asdict().items() if value is not None}
-    gradients = {"exact": (hidden.grad, weight.grad)}
     target = _union_of_shards(problem, shard, group, tiles)
     for rule in RULES:
         on_rule, gradients[rule] = _topk_on_shard(problem, target, shard, group, tiles, rule)

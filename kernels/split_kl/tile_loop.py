@@ -1,12 +1,12 @@
 """The passes over tiles of logits that the ``torch``, ``cpu`` and ``cuda`` backends share.
 
-A library GEMM writes a tile of logits into scratch and an elementwise kernel (:class:`TileKernels`) reduces it
-or turns it into dz.
+A library GEMM writes a tile of logits into scratch and an elementwise kernel (``tile_kernels``) reduces it or turns
+it into dz.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -15,74 +15,22 @@ from .entropy_state import EntropyState, empty_entropy_state
 from .gemm import Workspace, compute_dtype, matmul, operand, operand_dtype
 from .gradient_loop import DzOfRows, accumulate_gradients
 from .logit_cache import LogitCache
+from .pointwise import SUMS, PointwiseRule, pack_pointwise_scalars
 from .row_scalars import pack_scalars
 from .state import TokenStats, empty_state
 from .support import SupportGradient
+from .tile_kernels import TileKernels
 from .tiling import TileOptions, VocabShard, spans
 
+# Two hidden states and weights: of the student, then of the teacher.
+_Pair = tuple[Tensor, Tensor, Tensor, Tensor]
 
-class TileKernels(Protocol):
-    """Elementwise work on one tile; everything else is in :class:`TiledBackend`.
-
-    ``z`` and ``w`` are [R, W] tiles of student (or the only model's) and teacher logits, row stride a multiple
-    of 16 and greater than W, still to be multiplied by ``scale`` (1/temperature). ``columns`` int64 [R] is the
-    sampled token's column, outside [0, W) where another tile holds it. Results are updated in place and may
-    be strided along tokens. Unless said otherwise z, w and scratch tiles may be destroyed.
-    """
-
-    # Whether ``stats`` leaves z and w as they are, so that pass 2 can have them from a cache.
-    stats_keeps_tiles: bool
-    # Scratch tiles like z that each method wants.
-    stats_scratch: int
-    entropy_scratch: int
-    gradient_scratch: int
-
-    def unavailable(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """None, or one sentence: what is missing and how to get it. ``dtype`` is the compute dtype."""
-
-    def stats(
-        self, z: Tensor, w: Tensor, scratch: list[Tensor], columns: Tensor, scale: float, state: Tensor
-    ) -> None:
-        """Merge the tile into ``state`` [10, R]."""
-
-    def entropy(self, z: Tensor, scratch: list[Tensor], columns: Tensor, scale: float, rows: Tensor) -> None:
-        """Merge the tile into ``rows`` [4, R]."""
-
-    def topk(
-        self, z: Tensor, scratch: list[Tensor], first_id: int, scale: float, logits: Tensor, ids: Tensor
-    ) -> None:
-        """Merge the tile, whose column 0 is token ``first_id``, into the list [R, K]; z stays as it is."""
-
-    def gradient(
-        self,
-        z: Tensor,
-        w: Tensor,
-        scratch: list[Tensor],
-        columns: Tensor,
-        scale: float,
-        scalars: Tensor,
-        dz: Tensor,
-    ) -> None:
-        """The gradient of ``row_scalars.pack_scalars`` ([7, R]) into ``dz`` [R, W], which may be ``z``."""
-
-    def support_gradient(
-        self,
-        z: Tensor,
-        scratch: list[Tensor],
-        scale: float,
-        scalars: Tensor,
-        columns: Tensor,
-        values: Tensor,
-        dz: Tensor,
-    ) -> None:
-        """p (a + b ln p) into ``dz`` (may be ``z``), then ``values`` at ``columns``, both [R, G].
-
-        ``scalars`` [3, R]: log-sum-exp, a, b. Columns outside [0, W) are skipped, the others of a row distinct.
-        """
+# (window, rows, z, w, scratch, dz): dz of a tile from its logits.
+_TurnIntoDz = Callable[[slice, slice, Tensor, Tensor, list[Tensor], Tensor], None]
 
 
 class TiledBackend:
-    """The four passes; signatures as in ``api``, arguments already checked."""
+    """The six passes; signatures as in ``api``, arguments already checked."""
 
     def __init__(self, kernels: TileKernels) -> None:
         self._kernels = kernels
@@ -106,20 +54,70 @@ class TiledBackend:
         dtype = compute_dtype(student_hidden, teacher_hidden)
         tokens, valid_rows = labels.shape[0], shard.valid_rows(student_weight.shape[0])
         state = empty_state(tokens, dtype=dtype, device=labels.device)
-        tiles = [dtype] * (2 + self._kernels.stats_scratch)
-        workspace = _workspace(options, tokens, valid_rows, labels.device, tiles)
+        pair = (student_hidden, student_weight, teacher_hidden, teacher_weight)
+        tiles = self._pair_tiles(pair, valid_rows, dtype, options, cache, self._kernels.stats_scratch)
+        for window, rows, z, w, scratch in tiles:
+            columns = labels[rows] - (shard.start + window.start)
+            self._kernels.stats(z, w, scratch, columns, 1 / temperature, state[:, rows])
+        return state
+
+    @torch.no_grad()
+    def pointwise_stats(
+        self,
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        teacher_hidden: Tensor,
+        teacher_weight: Tensor,
+        stats: TokenStats,
+        rule: PointwiseRule,
+        *,
+        shard: VocabShard,
+        temperature: float,
+        options: TileOptions,
+        cache: LogitCache | None = None,
+    ) -> Tensor:
+        """Between the passes, see :func:`api.linear_pointwise_stats`."""
+        dtype = compute_dtype(student_hidden, teacher_hidden)
+        lse = torch.stack([stats.student_lse, stats.teacher_lse]).to(dtype)
+        sums = lse.new_zeros(len(SUMS), lse.shape[1])
+        pair = (student_hidden, student_weight, teacher_hidden, teacher_weight)
+        valid_rows, scratch_tiles = shard.valid_rows(student_weight.shape[0]), self._kernels.pointwise_scratch
+        tiles = self._pair_tiles(pair, valid_rows, dtype, options, cache, scratch_tiles)
+        for _, rows, z, w, scratch in tiles:
+            self._kernels.pointwise_stats(
+                z, w, scratch, 1 / temperature, lse[:, rows], rule.numbers(), sums[:, rows]
+            )
+        return sums
+
+    def _pair_tiles(
+        self,
+        pair: _Pair,
+        valid_rows: int,
+        dtype: torch.dtype,
+        options: TileOptions,
+        cache: LogitCache | None,
+        scratch_tiles: int,
+    ) -> Iterator[tuple[slice, slice, Tensor, Tensor, list[Tensor]]]:
+        """(window, rows, z, w, scratch) of every tile: logits from the cache, or computed and kept if they fit it."""
+        student_hidden, student_weight, teacher_hidden, teacher_weight = pair
+        tokens, device = student_hidden.shape[0], student_hidden.device
+        workspace = _workspace(options, tokens, valid_rows, device, [dtype] * (2 + scratch_tiles))
+        if not self._kernels.stats_keeps_tiles:
+            cache = None
         for window in spans(valid_rows, options.vocab):
             student_window = operand(student_weight[window], dtype)
             teacher_window = operand(teacher_weight[window], dtype)
-            columns = labels - (shard.start + window.start)
             for rows in spans(tokens, options.tokens):
                 z, w, *scratch = workspace.views(rows.stop - rows.start, window.stop - window.start)
-                if cache is not None and self._kernels.stats_keeps_tiles:
-                    z, w = cache.reserve(window, rows, dtype, labels.device) or (z, w)
-                matmul(operand(student_hidden[rows], dtype), student_window.t(), z)
-                matmul(operand(teacher_hidden[rows], dtype), teacher_window.t(), w)
-                self._kernels.stats(z, w, scratch, columns[rows], 1 / temperature, state[:, rows])
-        return state
+                kept = None if cache is None else cache.look(window, rows)
+                if kept is not None:
+                    z, w = kept
+                else:
+                    if cache is not None:
+                        z, w = cache.reserve(window, rows, dtype, device) or (z, w)
+                    matmul(operand(student_hidden[rows], dtype), student_window.t(), z)
+                    matmul(operand(teacher_hidden[rows], dtype), teacher_window.t(), w)
+                yield window, rows, z, w, scratch
 
     @torch.no_grad()
     def entropy(
@@ -178,13 +176,88 @@ class TiledBackend:
         dtype = compute_dtype(student_hidden, teacher_hidden)
         valid_rows = shard.valid_rows(student_weight.shape[0])
         scalars = pack_scalars(stats, coefficients, temperature, dtype)
+
+        def turn_into_dz(
+            window: slice, rows: slice, z: Tensor, w: Tensor, scratch: list[Tensor], dz: Tensor
+        ) -> None:
+            columns = labels[rows] - (shard.start + window.start)
+            self._kernels.gradient(z, w, scratch, columns, 1 / temperature, scalars[:, rows], dz)
+
+        return self._pair_gradients(
+            (student_hidden, student_weight, teacher_hidden, teacher_weight),
+            turn_into_dz,
+            self._kernels.gradient_scratch,
+            valid_rows=valid_rows,
+            dtype=dtype,
+            options=options,
+            weight_grad=weight_grad,
+            weight_requires_grad=weight_requires_grad,
+            cache=cache,
+        )
+
+    @torch.no_grad()
+    def pointwise_gradients(
+        self,
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        teacher_hidden: Tensor,
+        teacher_weight: Tensor,
+        stats: TokenStats,
+        mean: Tensor,
+        coefficients: Tensor,
+        rule: PointwiseRule,
+        *,
+        shard: VocabShard,
+        temperature: float,
+        options: TileOptions,
+        weight_grad: Tensor | None,
+        weight_requires_grad: bool,
+        cache: LogitCache | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Pass 2 of a pointwise divergence, see :func:`api.linear_pointwise_grads`."""
+        dtype = compute_dtype(student_hidden, teacher_hidden)
+        scalars = pack_pointwise_scalars(stats, mean, coefficients, temperature, dtype)
+
+        def turn_into_dz(
+            window: slice, rows: slice, z: Tensor, w: Tensor, scratch: list[Tensor], dz: Tensor
+        ) -> None:
+            self._kernels.pointwise_gradient(
+                z, w, scratch, 1 / temperature, scalars[:, rows], rule.numbers(), dz
+            )
+
+        return self._pair_gradients(
+            (student_hidden, student_weight, teacher_hidden, teacher_weight),
+            turn_into_dz,
+            self._kernels.pointwise_scratch,
+            valid_rows=shard.valid_rows(student_weight.shape[0]),
+            dtype=dtype,
+            options=options,
+            weight_grad=weight_grad,
+            weight_requires_grad=weight_requires_grad,
+            cache=cache,
+        )
+
+    def _pair_gradients(
+        self,
+        pair: _Pair,
+        turn_into_dz: _TurnIntoDz,
+        scratch_tiles: int,
+        *,
+        valid_rows: int,
+        dtype: torch.dtype,
+        options: TileOptions,
+        weight_grad: Tensor | None,
+        weight_requires_grad: bool,
+        cache: LogitCache | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Pass 2 of two models: logits from the cache or recomputed, then ``turn_into_dz``, then the two GEMMs."""
+        student_hidden, student_weight, teacher_hidden, teacher_weight = pair
         own_dz = _own_dz(student_hidden, dtype)
-        tiles = [*[dtype] * (2 + self._kernels.gradient_scratch), *own_dz]
-        workspace = _workspace(options, len(labels), valid_rows, labels.device, tiles)
+        tiles = [*[dtype] * (2 + scratch_tiles), *own_dz]
+        workspace = _workspace(options, len(student_hidden), valid_rows, student_hidden.device, tiles)
 
         def open_window(window: slice, student_window: Tensor) -> DzOfRows:
             teacher_window = operand(teacher_weight[window], dtype)
-            columns = labels - (shard.start + window.start)
 
             def dz_of(rows: slice, hidden_rows: Tensor) -> Tensor:
                 z, w, *scratch = workspace.views(rows.stop - rows.start, window.stop - window.start)
@@ -195,7 +268,7 @@ class TiledBackend:
                     matmul(hidden_rows, student_window.t(), z)
                     matmul(operand(teacher_hidden[rows], dtype), teacher_window.t(), w)
                 dz = scratch.pop() if own_dz else z
-                self._kernels.gradient(z, w, scratch, columns[rows], 1 / temperature, scalars[:, rows], dz)
+                turn_into_dz(window, rows, z, w, scratch, dz)
                 return dz
 
             return dz_of

@@ -6,15 +6,16 @@ import torch
 from torch import Tensor
 
 from .entropy_state import merge_rows
+from .pointwise import RuleNumbers
 from .state import merge
 from .topk import largest, merge_largest
 
 
 class TorchTiles:
-    """See :class:`tile_loop.TileKernels`."""
+    """See :class:`tile_kernels.TileKernels`."""
 
     stats_keeps_tiles = False
-    stats_scratch, entropy_scratch, gradient_scratch = 2, 1, 1
+    stats_scratch, entropy_scratch, gradient_scratch, pointwise_scratch = 2, 1, 1, 4
 
     def unavailable(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """None: plain torch runs on every device."""
@@ -102,6 +103,66 @@ class TorchTiles:
         extended.scatter_(1, torch.where(_owned(columns, width), columns, width), values)
         if dz is not z:
             dz.copy_(z)
+
+    def pointwise_stats(
+        self,
+        z: Tensor,
+        w: Tensor,
+        scratch: list[Tensor],
+        scale: float,
+        lse: Tensor,
+        rule: RuleNumbers,
+        sums: Tensor,
+    ) -> None:
+        _scale(z, scale).sub_(lse[0][:, None])
+        _scale(w, scale).sub_(lse[1][:, None])
+        value, moment = _pointwise_entries(z, w, scratch, rule)
+        sums[0] += value.sum(1)
+        sums[1] += moment.sum(1)
+        sums[2] += z.sum(1)
+        sums[3] += z.sub_(w).abs_().sum(1)
+
+    def pointwise_gradient(
+        self,
+        z: Tensor,
+        w: Tensor,
+        scratch: list[Tensor],
+        scale: float,
+        scalars: Tensor,
+        rule: RuleNumbers,
+        dz: Tensor,
+    ) -> None:
+        student_lse, teacher_lse, mean, coefficient = scalars[:, :, None].unbind(0)
+        _scale(z, scale).sub_(student_lse)
+        _scale(w, scale).sub_(teacher_lse)
+        _, moment = _pointwise_entries(z, w, scratch, rule)
+        z.mul_(mean)
+        dz.copy_(torch.sub(moment, z, out=z).mul_(coefficient))
+
+
+def _pointwise_entries(
+    log_p: Tensor, log_q: Tensor, scratch: list[Tensor], rule: RuleNumbers
+) -> tuple[Tensor, Tensor]:
+    """(min(f, clip), p g) of every entry, in scratch tiles, by the formulas of ``pointwise``.
+
+    ``log_p`` and ``log_q`` become p and q.
+    """
+    ratio, log_sum, share, value = scratch
+    torch.sub(log_p, log_q, out=ratio)
+    lean = torch.add(ratio, rule.log_student - rule.log_teacher, out=log_sum)
+    torch.sigmoid(lean, out=share)
+    lean.abs_().neg_().exp_().log1p_()
+    p, q = log_p.exp_(), log_q.exp_()
+    torch.neg(ratio, out=value).sub_(rule.log_student).clamp_(max=-rule.log_teacher).sub_(log_sum)
+    value.mul_(q).mul_(rule.teacher_term)
+    moment = ratio.sub_(rule.log_teacher).clamp_(max=-rule.log_student).sub_(log_sum)  # ln(p/m)
+    value.add_(torch.mul(moment, p, out=log_sum), alpha=rule.student_term)
+    moment.add_(1).sub_(share).mul_(p).mul_(rule.student_term)
+    moment.addcmul_(q, share, value=-rule.teacher_term)
+    if rule.clip < float("inf"):
+        moment.masked_fill_(value > rule.clip, 0)
+        value.clamp_(max=rule.clip)
+    return value, moment
 
 
 def _scale(tile: Tensor, scale: float) -> Tensor:

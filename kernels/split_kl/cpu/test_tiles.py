@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from sead_kernels.split_kl import PointwiseRule
 from sead_kernels.split_kl.cpu import CpuTiles
 from sead_kernels.split_kl.state import empty_state
 from torch import Tensor
@@ -35,7 +36,11 @@ def outputs(threads: int) -> list[Tensor]:
     support = torch.empty_like(z)
     ids_of_support = torch.arange(26).reshape(rows, 2) * 50
     kernels.support_gradient(z, [], 0.8, scalars[:3], ids_of_support, torch.ones(rows, 2), support)
-    return [state, logits, ids, dz, support]
+    rule = PointwiseRule("jsd", 0.3, clip=0.01).numbers()
+    sums, pointwise = torch.zeros(4, rows), torch.empty_like(z)
+    kernels.pointwise_stats(z, w, [], 0.8, scalars[:2], rule, sums)
+    kernels.pointwise_gradient(z, w, [], 0.8, scalars[:4], rule, pointwise)
+    return [state, logits, ids, dz, support, sums, pointwise]
 
 
 @pytest.mark.parametrize("threads", [2, 3, 64])

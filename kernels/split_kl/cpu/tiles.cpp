@@ -1,4 +1,4 @@
-// Elementwise passes over tiles of logits for the `cpu` backend; contracts in ../tile_loop.py (TileKernels).
+// Elementwise passes over tiles of logits for the `cpu` backend; contracts in ../tile_kernels.py.
 //
 // Plain loops for the compiler to vectorise (-O3 -march=native -fopenmp-simd, no -ffast-math: NaN must stay NaN).
 // Rows are independent and every row is summed in one order, so results do not depend on the thread count.
@@ -38,6 +38,14 @@ inline float exponential(float x) {
 }
 
 inline double exponential(double x) { return std::exp(x); }
+
+template <class T>
+inline T quotient(T a, T b) {
+  return a / b;
+}
+
+#define SPLIT_KL_INLINE inline
+#include "../pointwise_rule.h"
 
 // Calls body(row) for every row, rows dealt out in blocks to `threads` threads.
 template <class Body>
@@ -188,6 +196,44 @@ void support_gradient(const T* z, int64_t stride, int64_t rows, int64_t width, T
   });
 }
 
+// Rows of sums: pointwise.SUMS, added to.
+template <class T>
+void pointwise_stats(const T* z, const T* w, int64_t stride, int64_t rows, int64_t width, T scale, const T* lse,
+                     int64_t lse_stride, PointwiseRule<T> rule, T* sums, int64_t sums_stride, int threads) {
+  for_rows(rows, threads, [=](int64_t r) {
+    const T *a = z + r * stride, *b = w + r * stride;
+    const T student_lse = lse[r], teacher_lse = lse[lse_stride + r];
+    double totals[4] = {0, 0, 0, 0};
+    for (int64_t first = 0; first < width; first += kChunk) {
+      const int64_t last = std::min(first + kChunk, width);
+      T value = 0, moment = 0, mass = 0, gap = 0;
+#pragma omp simd reduction(+ : value, moment, mass, gap)
+      for (int64_t j = first; j < last; j++) {
+        const auto entry = pointwise_entry<T>(a[j] * scale - student_lse, b[j] * scale - teacher_lse, rule);
+        value += entry.value, moment += entry.moment, mass += entry.mass, gap += entry.gap;
+      }
+      totals[0] += value, totals[1] += moment, totals[2] += mass, totals[3] += gap;
+    }
+    for (int i = 0; i < 4; i++) sums[i * sums_stride + r] += T(totals[i]);
+  });
+}
+
+template <class T>
+void pointwise_gradient(const T* z, const T* w, int64_t stride, int64_t rows, int64_t width, T scale, const T* scalars,
+                        int64_t scalar_stride, PointwiseRule<T> rule, T* dz, int64_t dz_stride, int threads) {
+  for_rows(rows, threads, [=](int64_t r) {
+    const T *a = z + r * stride, *b = w + r * stride;
+    T* const out = dz + r * dz_stride;
+    const auto scalar = [=](int index) { return scalars[index * scalar_stride + r]; };
+    const T student_lse = scalar(0), teacher_lse = scalar(1), mean = scalar(2), coefficient = scalar(3);
+#pragma omp simd
+    for (int64_t j = 0; j < width; j++) {
+      const auto entry = pointwise_entry<T>(a[j] * scale - student_lse, b[j] * scale - teacher_lse, rule);
+      out[j] = coefficient * (entry.moment - entry.mass * mean);
+    }
+  });
+}
+
 }  // namespace
 
 #define SPLIT_KL_EXPORT(T, suffix)                                                                                     \
@@ -213,6 +259,21 @@ void support_gradient(const T* z, int64_t stride, int64_t rows, int64_t width, T
                                           const T* values, int64_t count, T* dz, int64_t dz_stride, int threads) {     \
     support_gradient<T>(z, stride, rows, width, T(scale), scalars, scalar_stride, columns, values, count, dz,          \
                         dz_stride, threads);                                                                           \
+  }                                                                                                                    \
+  void split_kl_pointwise_stats_##suffix(const T* z, const T* w, int64_t stride, int64_t rows, int64_t width,          \
+                                         double scale, const T* lse, int64_t lse_stride, double teacher_term,          \
+                                         double student_term, double log_teacher, double log_student, double clip,     \
+                                         T* sums, int64_t sums_stride, int threads) {                                  \
+    const PointwiseRule<T> rule{T(teacher_term), T(student_term), T(log_teacher), T(log_student), T(clip)};            \
+    pointwise_stats<T>(z, w, stride, rows, width, T(scale), lse, lse_stride, rule, sums, sums_stride, threads);        \
+  }                                                                                                                    \
+  void split_kl_pointwise_gradient_##suffix(const T* z, const T* w, int64_t stride, int64_t rows, int64_t width,       \
+                                            double scale, const T* scalars, int64_t scalar_stride,                     \
+                                            double teacher_term, double student_term, double log_teacher,              \
+                                            double log_student, double clip, T* dz, int64_t dz_stride,                 \
+                                            int threads) {                                                             \
+    const PointwiseRule<T> rule{T(teacher_term), T(student_term), T(log_teacher), T(log_student), T(clip)};            \
+    pointwise_gradient<T>(z, w, stride, rows, width, T(scale), scalars, scalar_stride, rule, dz, dz_stride, threads);  \
   }
 
 extern "C" {

@@ -16,12 +16,15 @@ from ..native_tiles import NativeTiles
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math",
           "-ffp-contract=fast", "-shared", "-fPIC", "-pthread")  # fmt: skip
 _P, _N, _F, _THREADS = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_int
+_RULE = [_F] * 5
 _SIGNATURES = {
     "stats": (_P, _P, _N, _N, _N, _P, _F, _P, _N, _THREADS),
     "entropy": (_P, _N, _N, _N, _P, _F, _P, _N, _THREADS),
     "topk": (_P, _N, _N, _N, _N, _F, _P, _P, _N, _THREADS),
     "gradient": (_P, _P, _N, _N, _N, _P, _F, _P, _N, _P, _N, _THREADS),
     "support_gradient": (_P, _N, _N, _N, _F, _P, _N, _P, _P, _N, _P, _N, _THREADS),
+    "pointwise_stats": (_P, _P, _N, _N, _N, _F, _P, _N, *_RULE, _P, _N, _THREADS),
+    "pointwise_gradient": (_P, _P, _N, _N, _N, _F, _P, _N, *_RULE, _P, _N, _THREADS),
 }
 _MISSING = "no C++ compiler found; install g++ or clang++, or let CXX name one"
 _SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
@@ -39,10 +42,11 @@ def _processor() -> str:
 @functools.cache
 def _load() -> ctypes.CDLL | str:
     """The library, or why there is none."""
-    compiler, source = find_program("CXX", "c++", "g++", "clang++"), Path(__file__).with_name("tiles.cpp")
+    compiler = find_program("CXX", "c++", "g++", "clang++")
+    sources = [Path(__file__).with_name("tiles.cpp"), Path(__file__).parents[1] / "pointwise_rule.h"]
     try:
         library = ctypes.CDLL(
-            str(build_library(compiler, _FLAGS, [source], missing=_MISSING, key=_processor()))
+            str(build_library(compiler, _FLAGS, sources, missing=_MISSING, key=_processor()))
         )
     except (BuildError, OSError) as error:
         return f"the C++ tile kernels could not be built: {error}"

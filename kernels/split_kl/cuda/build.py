@@ -14,19 +14,23 @@ from pathlib import Path
 from ..native_build import build_library, find_program
 
 SOURCE = Path(__file__).with_name("tiles.cu")
-EMULATION = Path(__file__).with_name("emulation.h")
 ARCHITECTURES = ("sm_90a", "sm_100a")
 EMULATED = "emulated"
+
+# What the source includes, by path from its directory: a copy for a test has copies of them beside it.
+HEADERS = ("pointwise.h", "../pointwise_rule.h")
+EMULATION = "emulation.h"
 
 NO_NVCC = "nvcc not found; install the CUDA toolkit, or let NVCC or CUDA_HOME name it"
 _NO_COMPILER = "no C++ compiler found; install g++, or let CXX name it"
 _COMMON = ("-std=c++17", "-shared")
 _NVCC_FLAGS = (*_COMMON, "-O3", "-Xcompiler", "-fPIC", "-cudart", "static")
 # An unaligned vector access aborts, as on a GPU.
-_HOST_FLAGS = ("-x", "c++", *_COMMON, "-O1", "-fPIC", "-DSPLIT_KL_EMULATED", f"-I{SOURCE.parent}",
-               "-fsanitize=alignment", "-fno-sanitize-recover=all")  # fmt: skip
+_HOST_FLAGS = ("-x", "c++", *_COMMON, "-O1", "-fPIC", "-DSPLIT_KL_EMULATED", "-fsanitize=alignment",
+               "-fno-sanitize-recover=all")  # fmt: skip
 
 _P, _N, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+_RULE = [_F] * 5
 # Each followed by (device, stream).
 _SIGNATURES = {
     "stats": (_P, _P, _N, _N, _N, _P, _F, _P, _N),
@@ -34,6 +38,8 @@ _SIGNATURES = {
     "topk": (_P, _N, _N, _N, _N, _F, _P, _P, _I),
     "gradient": (_P, _P, _N, _N, _N, _P, _F, _P, _N, _P, _N, _I),
     "support_gradient": (_P, _N, _N, _N, _F, _P, _N, _P, _P, _I, _P, _N, _I),
+    "pointwise_stats": (_P, _P, _N, _N, _N, _F, _P, _N, *_RULE, _P, _N),
+    "pointwise_gradient": (_P, _P, _N, _N, _N, _F, _P, _N, *_RULE, _P, _N, _I),
 }
 
 
@@ -49,10 +55,12 @@ def build(architecture: str, source: Path = SOURCE) -> Path:
     Raises:
         BuildError: no compiler (what to install), or its first error message.
     """
+    sources = [source, *(source.parent / header for header in HEADERS)]
     if architecture == EMULATED:
+        sources.append(source.parent / EMULATION)
         compiler = find_program("CXX", "g++", "c++")
-        return build_library(compiler, _HOST_FLAGS, [source, EMULATION], missing=_NO_COMPILER)
-    return build_library(find_nvcc(), (*_NVCC_FLAGS, f"-arch={architecture}"), [source], missing=NO_NVCC)
+        return build_library(compiler, _HOST_FLAGS, sources, missing=_NO_COMPILER)
+    return build_library(find_nvcc(), (*_NVCC_FLAGS, f"-arch={architecture}"), sources, missing=NO_NVCC)
 
 
 @functools.cache

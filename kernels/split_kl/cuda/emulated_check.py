@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..reference import dense_gradients, dense_stats, dense_topk_entropy
+from ..pointwise import SUMS, PointwiseRule, pack_pointwise_scalars
+from ..reference import dense_gradients, dense_stats, dense_topk_entropy, pointwise_entries
 from ..row_scalars import pack_scalars
 from ..state import SENTINEL, TokenStats, finalize
 from ..topk import NO_ID
@@ -26,6 +27,13 @@ ROWS, VOCABULARY, SCALE, TOPK = 14, 1200, 0.8, 64
 # Ragged on purpose; the first is wider than the top-k kernel's buffer, the second narrower than a block.
 WINDOWS = [(0, 1003), (1003, 1040), (1040, 1200)]
 CANARY = 12345.0
+RULES = [
+    PointwiseRule("jsd", 0.3),
+    PointwiseRule("skew_forward", 0.2, clip=0.01),
+    PointwiseRule("skew_reverse", 0.2, clip=0.01),
+    PointwiseRule("forward"),
+    PointwiseRule("reverse", clip=0.01),
+]
 
 
 class Case:
@@ -151,6 +159,47 @@ def check_gradients(kernels: CudaTiles, case: Case, problems: Problems) -> None:
         problems.near("gradient in place", z, expected[:, window], absolute, 1e-5)
 
 
+def check_pointwise(kernels: CudaTiles, case: Case, problems: Problems) -> None:
+    stats = TokenStats(*(value.float() for value in case.stats()))
+    lse = torch.stack([stats.student_lse, stats.teacher_lse])
+    log_p = case.z.double() * SCALE - case.stats().student_lse[:, None]
+    log_q = case.w.double() * SCALE - case.stats().teacher_lse[:, None]
+    p = log_p.exp()
+    # A rounded log-sum-exp; of the divergences times the sum of their slopes.
+    absolute = 2e-7 * (10 + torch.maximum(case.z.abs(), case.w.abs()).amax(1, keepdim=True).double())
+    for rule in RULES:
+        leaf = log_p.clone().requires_grad_()
+        entries = pointwise_entries(leaf, log_q, rule)
+        (moment,) = torch.autograd.grad(entries.sum(), leaf)
+        parts = (entries.detach(), moment, p, (p - log_q.exp()).abs())
+        sums = guarded(len(SUMS))
+        sums[:, 2:-2] = 0
+        for _, z, w, _ in case.windows():
+            kernels.pointwise_stats(z, w, [], SCALE, lse, rule.numbers(), sums[:, 2:-2])
+        problems.same("pointwise: wrote outside", sums[:, [0, 1, -2, -1]], guarded(len(SUMS))[:, :4])
+        for name, row, part in zip(SUMS, sums[:, 2:-2], parts, strict=True):
+            problems.near(f"pointwise {rule.kind}: {name}", row, part.sum(1), 3 * absolute[:, 0], 1e-6)
+        mean = moment.sum(1)
+        expected = case.coefficients[:, :1].double() * SCALE * (moment - p * mean[:, None])
+        scalars = pack_pointwise_scalars(
+            stats, mean.float(), case.coefficients[:, 0], 1 / SCALE, torch.float32
+        )
+        # The error of p g and of p M, each of the size of the largest logarithm times p.
+        allowed = absolute * (1 + p * (1 + mean.abs()[:, None] + (log_p - log_q).abs()))
+        for dtype, relative in ((torch.float32, 1e-5), (torch.bfloat16, 2**-8 + 1e-5)):
+            for window, z, w, _ in case.windows():
+                whole = torch.full((ROWS + 2, z.stride(0)), CANARY, dtype=dtype)
+                dz = whole[1:-1, : z.shape[1]]
+                kernels.pointwise_gradient(z, w, [], SCALE, scalars, rule.numbers(), dz)
+                name = f"pointwise {rule.kind}: gradient, {dtype}"
+                problems.near(name, dz, expected[:, window], allowed[:, window], relative)
+                canary = torch.full_like(whole[[0, -1]], CANARY)
+                problems.same(f"{name}: wrote outside", whole[[0, -1]], canary)
+        for window, z, w, _ in case.windows():  # in place
+            kernels.pointwise_gradient(z, w, [], SCALE, scalars, rule.numbers(), z)
+            problems.near("pointwise in place", z, expected[:, window], allowed[:, window], 1e-5)
+
+
 def check(source: Path) -> list[str]:
     """What the kernels of ``source`` get wrong, several times over: threads run in another order each time."""
     torch.set_num_threads(1)
@@ -159,7 +208,7 @@ def check(source: Path) -> list[str]:
     if reason is not None:
         raise RuntimeError(reason)
     for _ in range(2):
-        for part in (check_statistics, check_topk, check_gradients):
+        for part in (check_statistics, check_topk, check_gradients, check_pointwise):
             part(kernels, Case(), problems)
     return problems
 

@@ -3,8 +3,8 @@
 // Threads run in a random order and warps at a random pace from one barrier (threads: or shuffle) to the next, so a
 // missing barrier shows as wrong numbers. A barrier or shuffle that not all threads reach aborts. Shared memory is
 // filled with garbage before every block, vector accesses check their alignment. What it cannot show: races that need
-// two threads between the same two barriers to interleave, coalescing, occupancy, the accuracy of __expf, anything
-// about tensor cores.
+// two threads between the same two barriers to interleave, coalescing, occupancy, the accuracy of __expf and
+// __fdividef, anything about tensor cores.
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>
@@ -183,6 +183,7 @@ inline uint32_t __float_as_uint(float v) { return emulation::bit_cast<uint32_t>(
 inline int32_t __float_as_int(float v) { return emulation::bit_cast<int32_t>(v); }
 inline float __int_as_float(int32_t v) { return emulation::bit_cast<float>(v); }
 inline float __expf(float v) { return std::exp(v); }
+inline float __fdividef(float a, float b) { return a / b; }
 
 typedef int cudaError_t;
 enum { cudaErrorInvalidValue = 1 };

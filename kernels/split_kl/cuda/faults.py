@@ -1,4 +1,4 @@
-"""Mistakes that the emulation has to catch: each a textual change of ``tiles.cu``."""
+"""Mistakes that the emulation has to catch: each a textual change of ``tiles.cu`` or of what it includes."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Fault:
-    """``old`` occurs exactly ``count`` times in the source; its ``index``-th occurrence becomes ``new``."""
+    """``old`` occurs exactly ``count`` times in ``file``; its ``index``-th occurrence becomes ``new``.
+
+    ``file`` is relative to the package, as in ``FILES``.
+    """
 
     name: str
     old: str
     new: str
     count: int = 1
     index: int = 0
+    file: str = "cuda/tiles.cu"
 
     def apply(self, source: str) -> str:
         """The source with the fault.
@@ -29,6 +33,10 @@ class Fault:
         head, tail = parts[: self.index + 1], parts[self.index + 1 :]
         return self.old.join(head) + self.new + self.old.join(tail)
 
+
+# Everything that is compiled.
+_POINTWISE, _RULE = "cuda/pointwise.h", "pointwise_rule.h"
+FILES = ("cuda/tiles.cu", "cuda/emulation.h", _POINTWISE, _RULE)
 
 _BARRIER = "  __syncthreads();"
 _BEFORE_TOTALS = "  warp_sums(sums, partial);\n  __syncthreads();"
@@ -152,4 +160,56 @@ FAULTS = [
     Fault("entropy term has the wrong sign", "- s.entropy * log_q;", "+ s.entropy * log_q;"),
     Fault("sampled token is one column off", "if (column == j + 1) g.y", "if (column == j + 1) g.z"),
     Fault("bf16 is truncated", "(bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16", "bits >> 16"),
+    # Pointwise divergences
+    Fault(
+        "no barrier before the sums of entries",
+        "  warp_sums(own, entry_sums);\n  __syncthreads();",
+        "  warp_sums(own, entry_sums);",
+        file=_POINTWISE,
+    ),
+    Fault("one of the sums is not written", "if (threadIdx.x < 4)", "if (threadIdx.x < 3)", file=_POINTWISE),
+    Fault(
+        "sums of earlier tiles are lost",
+        "+ r] += total(entry_sums",
+        "+ r] = total(entry_sums",
+        file=_POINTWISE,
+    ),
+    Fault("the teacher's lse is the student's", "lse[lse_stride + r]", "lse[r]", file=_POINTWISE),
+    Fault(
+        "row stride of a pointwise gradient is the width",
+        "*b = w + r * stride, *s = scalars + r;",
+        "*b = w + r * width, *s = scalars + r;",
+        file=_POINTWISE,
+    ),
+    Fault(
+        "pointwise dz is written one row too far",
+        "store4(dz + r * dz_stride + j,",
+        "store4(dz + (r + 1) * dz_stride + j,",
+        file=_POINTWISE,
+    ),
+    Fault(
+        "temperature is missing in the teacher's entries",
+        "w * scale - row.teacher_lse",
+        "w - row.teacher_lse",
+        2,
+        0,
+        file=_POINTWISE,
+    ),
+    Fault("a clamped entry keeps its gradient", "is_clamped ? T(0) : moment", "moment", file=_RULE),
+    Fault("entries are not clamped", "is_clamped ? rule.clip : value", "value", file=_RULE),
+    Fault(
+        "shares of the mixture are swapped",
+        "(rule.log_student - rule.log_teacher)",
+        "(rule.log_teacher - rule.log_student)",
+        file=_RULE,
+    ),
+    Fault("logaddexp without its logarithm", "far_p) - log_sum", "far_p)", file=_RULE),
+    Fault("logaddexp overflows", "exponential(is_student ? -lean : lean)", "exponential(lean)", file=_RULE),
+    Fault(
+        "logaddexp of the smaller term",
+        "far_q > -rule.log_teacher ?",
+        "far_q < -rule.log_teacher ?",
+        file=_RULE,
+    ),
+    Fault("logarithm of one series term less", "  sum = sum * x + 1.0f / 5.0f;\n", "", file=_RULE),
 ]

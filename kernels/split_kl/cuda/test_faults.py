@@ -1,4 +1,4 @@
-"""The emulation finds nothing in ``tiles.cu``, and something in every copy with a seeded fault."""
+"""The emulation finds nothing in the source, and something in every copy with a seeded fault."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from sead_kernels.split_kl.cuda.build import SOURCE
-from sead_kernels.split_kl.cuda.faults import FAULTS, Fault
+from sead_kernels.split_kl.cuda.faults import FAULTS, FILES, Fault
 from sead_kernels.split_kl.native_build import find_program
 
 if find_program("CXX", "g++", "c++") is None:
@@ -31,9 +31,11 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, subprocess.C
 
     def outcome(fault: Fault) -> subprocess.CompletedProcess[str]:
         directory = tmp_path_factory.mktemp("fault")
-        source = directory / "tiles.cu"
-        source.write_text(fault.apply(SOURCE.read_text()))
-        return run_check(source, directory)
+        (directory / "cuda").mkdir()
+        for file in FILES:
+            text = (SOURCE.parents[1] / file).read_text()
+            (directory / file).write_text(fault.apply(text) if file == fault.file else text)
+        return run_check(directory / "cuda" / SOURCE.name, directory)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(zip((fault.name for fault in FAULTS), pool.map(outcome, FAULTS), strict=True))

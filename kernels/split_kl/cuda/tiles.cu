@@ -1,4 +1,4 @@
-// Memory-bound passes over tiles of logits for the `cuda` backend; contracts in ../tile_loop.py (TileKernels).
+// Memory-bound passes over tiles of logits for the `cuda` backend; contracts in ../tile_kernels.py.
 //
 // One block a row. Tiles are float32 with 16-byte aligned rows whose stride exceeds their width: vector loads may
 // run over the last column, never over the row. Plain C interface (raw pointers, a stream): no dependence on a
@@ -246,6 +246,8 @@ __device__ __forceinline__ void store4(uint16_t* out, float4 v) {
 __device__ __forceinline__ void store1(float* out, float v) { *out = v; }
 __device__ __forceinline__ void store1(uint16_t* out, float v) { *out = to_bf16(v); }
 
+#include "pointwise.h"
+
 struct GradientScalars {  // of one row, see row_scalars.py
   float student_lse, teacher_lse, offset, difference, entropy, forward;
 };
@@ -348,5 +350,28 @@ int split_kl_support_gradient(const float* z, int64_t stride, int64_t rows, int6
                   scalar_stride, columns, values, count, (uint16_t*)dz, dz_stride);
   return LAUNCH(support_gradient_kernel<float>, rows, device, stream, z, stride, width, scale, scalars, scalar_stride,
                 columns, values, count, (float*)dz, dz_stride);
+}
+
+int split_kl_pointwise_stats(const float* z, const float* w, int64_t stride, int64_t rows, int64_t width, float scale,
+                             const float* lse, int64_t lse_stride, float teacher_term, float student_term,
+                             float log_teacher, float log_student, float clip, float* sums, int64_t sums_stride,
+                             int device, void* stream) {
+  const PointwiseRule<float> rule{teacher_term, student_term, log_teacher, log_student, clip};
+  if (!rows || !width) return 0;
+  return LAUNCH(pointwise_stats_kernel, rows, device, stream, z, w, stride, width, scale, lse, lse_stride, rule, sums,
+                sums_stride);
+}
+
+int split_kl_pointwise_gradient(const float* z, const float* w, int64_t stride, int64_t rows, int64_t width,
+                                float scale, const float* scalars, int64_t scalar_stride, float teacher_term,
+                                float student_term, float log_teacher, float log_student, float clip, void* dz,
+                                int64_t dz_stride, int dz_is_bf16, int device, void* stream) {
+  const PointwiseRule<float> rule{teacher_term, student_term, log_teacher, log_student, clip};
+  if (!rows || !width) return 0;
+  if (dz_is_bf16)
+    return LAUNCH(pointwise_gradient_kernel<uint16_t>, rows, device, stream, z, w, stride, width, scale, scalars,
+                  scalar_stride, rule, (uint16_t*)dz, dz_stride);
+  return LAUNCH(pointwise_gradient_kernel<float>, rows, device, stream, z, w, stride, width, scale, scalars,
+                scalar_stride, rule, (float*)dz, dz_stride);
 }
 }

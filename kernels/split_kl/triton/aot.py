@@ -20,10 +20,12 @@ import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from ..pointwise import RuleNumbers
 from ..topk import MAX_TOPK
 from .dz import dz_kernel, support_dz_kernel
 from .entropy import entropy_kernel, topk_kernel
 from .launch import EMPTY_KEY
+from .pointwise import pointwise_dz_kernel, pointwise_stats_kernel
 from .selected import gather_kernel, scatter_kernel
 from .stats import stats_kernel
 from .tile_sizes import (
@@ -43,6 +45,8 @@ _GEMM_KERNELS = {
     "topk": topk_kernel,
     "dz": dz_kernel,
     "support_dz": support_dz_kernel,
+    "pointwise_stats": pointwise_stats_kernel,
+    "pointwise_dz": pointwise_dz_kernel,
 }
 _TOPK_SLOTS = [1 << i for i in range(MAX_TOPK.bit_length())]
 _POINTERS = {
@@ -54,6 +58,7 @@ _POINTERS = {
     "states": "*fp32",
     "values": "*fp32",
 }
+_FLOATS = ("scale", *RuleNumbers._fields)
 _FORMATS = {"bf16": "", "fp32": "_fp32"}
 
 
@@ -82,7 +87,7 @@ class Case:
             return "constexpr"
         if name in _POINTERS:
             return _POINTERS[name]
-        if name == "scale":
+        if name in _FLOATS:
             return "fp32"
         tokens, vocab, hidden = (self.constants.get(block) for block in ("BT", "BV", "BK"))
         is_matrix = name == "dz" or name.endswith(("hidden", "weight"))

@@ -6,6 +6,7 @@ Importable without Triton, which is loaded by the first call.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from ..entropy_state import EntropyState, empty_entropy_state
 from ..gemm import Workspace, compute_dtype, operand
 from ..gradient_loop import DzOfRows, accumulate_gradients
 from ..logit_cache import LogitCache
+from ..pointwise import SUMS, PointwiseRule, pack_pointwise_scalars
 from ..row_scalars import pack_scalars
 from ..state import TokenStats, empty_state
 from ..support import SupportGradient
@@ -21,9 +23,12 @@ from ..tiling import TileOptions, VocabShard
 from ..topk import decode_keys
 from .tile_sizes import ARCHITECTURES, FLOAT32_TILES, INTERPRETER_TILE, TENSOR_CORE_TILES, Tile
 
+# Two hidden states and weights: of the student, then of the teacher.
+_Pair = tuple[Tensor, Tensor, Tensor, Tensor]
+
 
 class TritonBackend:
-    """The four passes; signatures and results as ``tile_loop.TiledBackend``, float32 only.
+    """The six passes; signatures and results as ``tile_loop.TiledBackend``, float32 only.
 
     Pass 1 has no tile of logits in memory, so ``options.tokens`` and ``options.vocab`` only shape pass 2, whose
     single scratch is a tile of dz in the inputs' dtype, float32 or bf16. For the same reason a ``cache`` of logits
@@ -166,45 +171,98 @@ class TritonBackend:
             teacher_weight=teacher_weight,
         )
         dtype = compute_dtype(student_hidden, teacher_hidden)
-        valid_rows = shard.valid_rows(student_weight.shape[0])
         scalars = pack_scalars(stats, coefficients, temperature, dtype)
-        workspace = _dz_workspace(student_hidden, valid_rows, options)
         tile = self._tile("dz", student_hidden, teacher_hidden)
 
-        def open_window(window: slice, _: Tensor) -> DzOfRows:
-            # From the weight itself, not from its operand: only the kernels take bf16 on a CPU too.
-            student_window, teacher_window = student_weight[window], teacher_weight[window]
-            columns = (labels - (shard.start + window.start)).to(torch.int32)
+        def write_dz(window: slice, rows: slice, operands: _Pair, dz: Tensor) -> None:
+            columns = (labels[rows] - (shard.start + window.start)).to(torch.int32)
+            launch.dz(*operands, columns, scalars[:, rows], dz, 1 / temperature, tile)
 
-            def dz_of(rows: slice, _: Tensor) -> Tensor:
-                (dz,) = workspace.views(rows.stop - rows.start, window.stop - window.start)
-                student_rows, teacher_rows = student_hidden[rows], teacher_hidden[rows]
-                launch.dz(
-                    student_rows,
-                    student_window,
-                    teacher_rows,
-                    teacher_window,
-                    columns[rows],
-                    scalars[:, rows],
-                    dz,
-                    1 / temperature,
-                    tile,
-                )
-                return operand(dz, dtype)
+        return _pair_gradients(
+            (student_hidden, student_weight, teacher_hidden, teacher_weight),
+            write_dz,
+            shard=shard,
+            options=options,
+            weight_grad=weight_grad,
+            weight_requires_grad=weight_requires_grad,
+        )
 
-            return dz_of
+    @torch.no_grad()
+    def pointwise_stats(
+        self,
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        teacher_hidden: Tensor,
+        teacher_weight: Tensor,
+        stats: TokenStats,
+        rule: PointwiseRule,
+        *,
+        shard: VocabShard,
+        temperature: float,
+        options: TileOptions,
+        cache: LogitCache | None = None,
+    ) -> Tensor:
+        """Between the passes, see :func:`api.linear_pointwise_stats`."""
+        from . import launch
 
-        with torch.cuda.device_of(labels):
-            return accumulate_gradients(
-                student_hidden,
-                student_weight,
-                open_window,
-                valid_rows=valid_rows,
-                dtype=dtype,
-                options=options,
-                weight_grad=weight_grad,
-                weight_requires_grad=weight_requires_grad,
-            )
+        launch.check_operands(
+            student_hidden=student_hidden,
+            student_weight=student_weight,
+            teacher_hidden=teacher_hidden,
+            teacher_weight=teacher_weight,
+        )
+        lse = torch.stack([stats.student_lse, stats.teacher_lse]).float()
+        valid_rows = shard.valid_rows(student_weight.shape[0])
+        if not (valid_rows and lse.shape[1]):
+            return lse.new_zeros(len(SUMS), lse.shape[1])
+        tile = self._tile("pointwise_stats", student_hidden, teacher_hidden)
+        operands = student_hidden, student_weight[:valid_rows], teacher_hidden, teacher_weight[:valid_rows]
+        with torch.cuda.device_of(lse):
+            return launch.pointwise_stats(*operands, lse, rule.numbers(), 1 / temperature, tile)
+
+    @torch.no_grad()
+    def pointwise_gradients(
+        self,
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        teacher_hidden: Tensor,
+        teacher_weight: Tensor,
+        stats: TokenStats,
+        mean: Tensor,
+        coefficients: Tensor,
+        rule: PointwiseRule,
+        *,
+        shard: VocabShard,
+        temperature: float,
+        options: TileOptions,
+        weight_grad: Tensor | None,
+        weight_requires_grad: bool,
+        cache: LogitCache | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Pass 2 of a pointwise divergence, see :func:`api.linear_pointwise_grads`."""
+        from . import launch
+
+        launch.check_operands(
+            student_hidden=student_hidden,
+            student_weight=student_weight,
+            teacher_hidden=teacher_hidden,
+            teacher_weight=teacher_weight,
+        )
+        dtype = compute_dtype(student_hidden, teacher_hidden)
+        scalars = pack_pointwise_scalars(stats, mean, coefficients, temperature, dtype)
+        tile, numbers = self._tile("pointwise_dz", student_hidden, teacher_hidden), rule.numbers()
+
+        def write_dz(window: slice, rows: slice, operands: _Pair, dz: Tensor) -> None:
+            launch.pointwise_dz(*operands, scalars[:, rows], numbers, dz, 1 / temperature, tile)
+
+        return _pair_gradients(
+            (student_hidden, student_weight, teacher_hidden, teacher_weight),
+            write_dz,
+            shard=shard,
+            options=options,
+            weight_grad=weight_grad,
+            weight_requires_grad=weight_requires_grad,
+        )
 
     @torch.no_grad()
     def support_gradients(
@@ -271,6 +329,46 @@ class TritonBackend:
             return FLOAT32_TILES[kernel]
         major, _ = torch.cuda.get_device_capability(hidden[0].device)
         return TENSOR_CORE_TILES[kernel, ARCHITECTURES[major]]
+
+
+def _pair_gradients(
+    pair: _Pair,
+    write_dz: Callable[[slice, slice, _Pair, Tensor], None],
+    *,
+    shard: VocabShard,
+    options: TileOptions,
+    weight_grad: Tensor | None,
+    weight_requires_grad: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Pass 2 of two models; ``write_dz`` gets (window, rows, the operands of both, a tile of dz to fill)."""
+    student_hidden, student_weight, teacher_hidden, teacher_weight = pair
+    dtype = compute_dtype(student_hidden, teacher_hidden)
+    valid_rows = shard.valid_rows(student_weight.shape[0])
+    workspace = _dz_workspace(student_hidden, valid_rows, options)
+
+    def open_window(window: slice, _: Tensor) -> DzOfRows:
+        # From the weight itself, not from its operand: only the kernels take bf16 on a CPU too.
+        student_window, teacher_window = student_weight[window], teacher_weight[window]
+
+        def dz_of(rows: slice, _: Tensor) -> Tensor:
+            (dz,) = workspace.views(rows.stop - rows.start, window.stop - window.start)
+            operands = student_hidden[rows], student_window, teacher_hidden[rows], teacher_window
+            write_dz(window, rows, operands, dz)
+            return operand(dz, dtype)
+
+        return dz_of
+
+    with torch.cuda.device_of(student_hidden):
+        return accumulate_gradients(
+            student_hidden,
+            student_weight,
+            open_window,
+            valid_rows=valid_rows,
+            dtype=dtype,
+            options=options,
+            weight_grad=weight_grad,
+            weight_requires_grad=weight_requires_grad,
+        )
 
 
 def _dz_workspace(hidden: Tensor, valid_rows: int, options: TileOptions) -> Workspace:

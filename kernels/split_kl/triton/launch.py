@@ -11,10 +11,12 @@ from triton import cdiv
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..entropy_state import ENTROPY_ROWS, merge_rows
+from ..pointwise import SUMS, RuleNumbers
 from ..state import SENTINEL, STATE_ROWS, merge
 from ..topk import NO_ID, encode_keys
 from .dz import dz_kernel, support_dz_kernel
 from .entropy import entropy_kernel, topk_kernel
+from .pointwise import pointwise_dz_kernel, pointwise_stats_kernel
 from .selected import gather_kernel, scatter_kernel
 from .stats import stats_kernel
 from .tile_sizes import GATHER_BLOCKS, SCATTER_BLOCKS, SELECTED_OPTIONS, Tile, tile_blocks, topk_slots
@@ -189,6 +191,73 @@ def support_dz(
         scatter_kernel[tokens, cdiv(count, SCATTER_BLOCKS["BG"])](
             ids, values, dz, count, first_id, window, dz.stride(0), **SCATTER_BLOCKS, **SELECTED_OPTIONS
         )
+
+
+def pointwise_stats(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    lse: Tensor,
+    rule: RuleNumbers,
+    scale: float,
+    tile: Tile,
+) -> Tensor:
+    """[4, T], rows ``pointwise.SUMS``; ``lse`` [2, T] of student and teacher; weights without padding."""
+    tokens, valid_rows = student_hidden.shape[0], student_weight.shape[0]
+    split_rows, grid = _splits(student_hidden, valid_rows, tile)
+    states = lse.new_empty(len(SUMS), grid[0], tokens)
+    pointwise_stats_kernel[grid](
+        _descriptor(student_hidden, tile.tokens, tile.hidden),
+        _descriptor(student_weight, tile.vocab, tile.hidden),
+        _descriptor(teacher_hidden, tile.tokens, tile.hidden),
+        _descriptor(teacher_weight, tile.vocab, tile.hidden),
+        lse,
+        states,
+        tokens,
+        valid_rows,
+        student_hidden.shape[1],
+        teacher_hidden.shape[1],
+        split_rows,
+        lse.stride(0),
+        scale,
+        *rule,
+        **tile_blocks("pointwise_stats", tile),
+        **tile.options(),
+    )
+    return _merge_splits(states, torch.add)
+
+
+def pointwise_dz(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    scalars: Tensor,
+    rule: RuleNumbers,
+    dz: Tensor,
+    scale: float,
+    tile: Tile,
+) -> None:
+    """As :func:`dz`; see ``pointwise_dz_kernel``."""
+    tokens, window = dz.shape
+    pointwise_dz_kernel[(cdiv(tokens, tile.tokens) * cdiv(window, tile.vocab),)](
+        _descriptor(student_hidden, tile.tokens, tile.hidden),
+        _descriptor(student_weight, tile.vocab, tile.hidden),
+        _descriptor(teacher_hidden, tile.tokens, tile.hidden),
+        _descriptor(teacher_weight, tile.vocab, tile.hidden),
+        scalars,
+        _descriptor(dz, tile.tokens, tile.vocab // 2),
+        tokens,
+        window,
+        student_hidden.shape[1],
+        teacher_hidden.shape[1],
+        scalars.stride(0),
+        scale,
+        *rule,
+        **tile_blocks("pointwise_dz", tile),
+        **tile.options(),
+    )
 
 
 def check_operands(**tensors: Tensor) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sead_kernels.split_kl import PointwiseRule
 from torch import Tensor
 
 if importlib.util.find_spec("triton") is None:
@@ -23,6 +24,9 @@ if importlib.util.find_spec("triton") is None:
 
 _TABLES = tomllib.loads(Path(__file__).with_name("budgets.toml").read_text())
 BUDGETS = {(kernel, arch): limits for kernel, archs in _TABLES.items() for arch, limits in archs.items()}
+
+# Its clip is infinite: a launch must compile the same code as with a finite one.
+RULE = PointwiseRule("jsd", 0.5)
 
 # Of one program on an H100 or B200.
 ALL_SHARED_MEMORY = 232448
@@ -89,6 +93,15 @@ def _launches() -> dict[str, Callable[[torch.dtype], object]]:
             *operands, scalars, ids, values, 0, tile_of_dz, 0.7, tile("support_dz", dtype)
         )
 
+    def pointwise_stats(dtype: torch.dtype) -> object:
+        lse, operands = torch.zeros(2, 130), matrices(dtype)
+        return launch.pointwise_stats(*operands, lse, RULE.numbers(), 0.7, tile("pointwise_stats", dtype))
+
+    def pointwise_dz(dtype: torch.dtype) -> object:
+        tile_of_dz = torch.zeros(130, 272, dtype=dtype)[:, :260]
+        rest = torch.zeros(4, 130), RULE.numbers(), tile_of_dz, 0.7
+        return launch.pointwise_dz(*matrices(dtype), *rest, tile("pointwise_dz", dtype))
+
     def gather(dtype: torch.dtype) -> object:
         return launch.gather(*matrices(dtype)[:2], torch.zeros(130, 3, dtype=torch.int64), 0, 0.7)
 
@@ -98,6 +111,8 @@ def _launches() -> dict[str, Callable[[torch.dtype], object]]:
         "topk_128": lambda dtype: launch.topk(*matrices(dtype)[:2], 0, 100, 0.7, tile("topk", dtype)),
         "dz": dz,
         "support_dz": support_dz,
+        "pointwise_stats": pointwise_stats,
+        "pointwise_dz": pointwise_dz,
         "gather": gather,
         "scatter": support_dz,
     }
@@ -114,7 +129,13 @@ class _Recorder:
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
-@pytest.mark.parametrize("kernel", ["stats", "entropy", "topk_128", "dz", "support_dz", "gather", "scatter"])
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        *("stats", "entropy", "topk_128", "dz", "support_dz", "pointwise_stats", "pointwise_dz"),
+        *("gather", "scatter"),
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_launch_compiles_what_the_budgets_are_about(
     kernel: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
