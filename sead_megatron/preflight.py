@@ -50,13 +50,16 @@ def preflight(config: TrainConfig, local_world_size: int = 1, world_size: int | 
     """
     _check_machine(config, local_world_size)
     student, teacher = (read_hf_config(path) for path in (config.student.path, config.teacher.path))
-    check_memory(config, student, teacher, world_size or local_world_size, local_world_size)
+    reference = None if config.reference is None else read_hf_config(config.reference.path)
+    check_memory(
+        config, student, teacher, world_size or local_world_size, local_world_size, reference=reference
+    )
     _check_run(config)
     check_disk(config, student)
     _check_weights(config.student.path, student)
     _check_weights(config.teacher.path, teacher)
-    if config.reference is not None:
-        _check_weights(config.reference.path, read_hf_config(config.reference.path))
+    if config.reference is not None and reference is not None:
+        _check_weights(config.reference.path, reference)
     _check_prompts(config, min(student.vocab_size, teacher.vocab_size))
 
 

@@ -25,16 +25,21 @@ CPU_PROCESS_BYTES = GIB
 
 
 def check_memory(
-    config: TrainConfig, student: HFConfig, teacher: HFConfig, world_size: int, local_world_size: int
+    config: TrainConfig,
+    student: HFConfig,
+    teacher: HFConfig,
+    world_size: int,
+    local_world_size: int,
+    reference: HFConfig | None = None,
 ) -> None:
     """Raises UserError when the plan does not fit a GPU, or the ranks of this machine not into its memory."""
     if config.device == "cuda":
         properties = torch.cuda.get_device_properties(0)
         device = device_with_memory(properties.name, properties.total_memory)
-        memory = plan_memory(Run(config, student, teacher, world_size, device))
+        memory = plan_memory(Run(config, student, teacher, world_size, device, reference))
         check_fit(memory, device.memory_bytes, device.name)
         return
-    memory = plan_memory(Run(config, student, teacher, world_size, None))
+    memory = plan_memory(Run(config, student, teacher, world_size, None, reference))
     # Of the ranks that could run here; which of them do is torchrun's choice.
     here = sorted((rank.peak for rank in memory), reverse=True)[:local_world_size]
     needed = sum(here) + CPU_PROCESS_BYTES * local_world_size

@@ -96,16 +96,21 @@ def make_objective(name: str, total_steps: int = 4, **settings: Any) -> Objectiv
 
 
 def loss_gradient(world: World, coefficients: Coefficients) -> Tensor:
-    """dL/dz [N, V] by the closed formulas of the kernel, which has tests of its own."""
-    log_q, log_p = world.student.log_softmax(-1), world.teacher.log_softmax(-1)
-    q, p = log_q.exp(), log_p.exp()
-    forward, reverse, entropy, logprob = coefficients.weights.double()[:, :, None].unbind(1)
-    reverse_kl = (q * (log_q - log_p)).sum(-1, keepdim=True)
-    mean_log_q = (q * log_q).sum(-1, keepdim=True)
-    sampled = torch.zeros_like(q).scatter_(1, world.labels[:, None], 1.0)
-    gradient = forward * (q - p) + reverse * q * (log_q - log_p - reverse_kl)
-    gradient += -entropy * q * (log_q - mean_log_q) + logprob * (sampled - q)
-    return gradient / coefficients.normalizer
+    """dL/dz [N, V] by the trainer's own loss and kernels: logits as hidden states, the identity as output layer."""
+    from sead_kernels.split_kl import TileOptions, VocabShard
+
+    from sead_megatron.training.token_loss import LossContext, token_loss
+
+    logits = world.student.clone().requires_grad_()
+    identity = torch.eye(VOCABULARY, dtype=torch.float64)
+    shard = VocabShard(start=0, valid=VOCABULARY)
+    context = LossContext(shard, None, 1.0, TileOptions(backend="torch", tokens=8, vocab=4))
+    weights = (coefficients.weights.double() / coefficients.normalizer).float()
+    result = token_loss(
+        logits, identity, world.teacher, identity, world.labels, weights, coefficients.divergence, context
+    )
+    (gradient,) = torch.autograd.grad(result.loss, logits)
+    return gradient
 
 
 def finite_differences(loss: Callable[[Tensor], Tensor], at: Tensor, step: float = 1e-5) -> Tensor:

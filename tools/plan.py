@@ -93,7 +93,10 @@ def _plan(options: argparse.Namespace) -> int:
     if options.search:
         student = read_hf_config(config.student.path, "student.path")
         teacher = read_hf_config(config.teacher.path, "teacher.path")
-        run = Run(config, student, teacher, options.world_size, device)
+        reference = None
+        if config.reference is not None:
+            reference = read_hf_config(config.reference.path, "reference.path")
+        run = Run(config, student, teacher, options.world_size, device, reference)
         found = search(
             run, lengths, assumptions, count=options.count, fp8_rollouts=not options.no_fp8_rollouts
         )
@@ -107,7 +110,7 @@ def _plan(options: argparse.Namespace) -> int:
         print_plan(render_candidates(found))
         return 0
     models = check_models(config, options.world_size)
-    run = Run(config, models.student, models.teacher, options.world_size, device)
+    run = Run(config, models.student, models.teacher, options.world_size, device, models.reference)
     plan = Plan(run, plan_memory(run), estimate(run, lengths, assumptions), lengths, assumptions)
     if options.format == "json":
         print(json.dumps(as_json(plan), indent=1))

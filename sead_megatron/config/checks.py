@@ -40,12 +40,13 @@ class CheckedRun:
 
 @dataclass(frozen=True)
 class CheckedModels:
-    """Both architectures and their layouts."""
+    """All architectures, and the layouts of student and teacher."""
 
     student: HFConfig
     teacher: HFConfig
     student_layout: Layout
     teacher_layout: Layout
+    reference: HFConfig | None = None
 
 
 def check_models(config: TrainConfig, world_size: int) -> CheckedModels:
@@ -59,9 +60,12 @@ def check_models(config: TrainConfig, world_size: int) -> CheckedModels:
     teacher = read_hf_config(config.teacher.path, "teacher.path")
     check_model_limits(config, student, teacher)
     layouts = check_layouts(config, world_size, student, teacher)
-    check_reference(config, world_size, layouts[0], student)
+    reference = None
+    if config.reference is not None:
+        reference = read_hf_config(config.reference.path, "reference.path")
+        check_reference(config.reference, world_size, layouts[0], student, reference)
     check_precision(config, student, teacher)
-    return CheckedModels(student, teacher, *layouts)
+    return CheckedModels(student, teacher, *layouts, reference)
 
 
 def check_config(config: TrainConfig, world_size: int) -> CheckedRun:

@@ -1,9 +1,8 @@
 """Do the layouts fit the world and the models? Rank arithmetic only."""
 
-from sead_megatron.config.schema import ParallelConfig, TrainConfig
+from sead_megatron.config.schema import ParallelConfig, ReferenceConfig, TrainConfig
 from sead_megatron.errors import UserError, alternatives
 from sead_megatron.models.architecture import HFConfig
-from sead_megatron.models.hf_config import read_hf_config
 from sead_megatron.parallel.layout import Layout, check_nested
 
 
@@ -21,17 +20,16 @@ def check_layouts(
     return layouts
 
 
-def check_reference(config: TrainConfig, world_size: int, student_layout: Layout, student: HFConfig) -> None:
+def check_reference(
+    config: ReferenceConfig, world_size: int, student_layout: Layout, student: HFConfig, reference: HFConfig
+) -> None:
     """The reference model's layout and vocabulary. Raises UserError."""
-    if config.reference is None:
-        return
-    reference = read_hf_config(config.reference.path, "reference.path")
-    layout = _model_layout("reference.parallel", config.reference.parallel, reference, world_size)
+    layout = _model_layout("reference.parallel", config.parallel, reference, world_size)
     check_nested(student_layout, layout, "reference")
     if reference.vocab_size != student.vocab_size:
         raise UserError(
             "reference.path",
-            config.reference.path,
+            config.path,
             f"its vocab_size ({reference.vocab_size}) must be the student's ({student.vocab_size})",
             "use a model of the same tokenizer",
         )

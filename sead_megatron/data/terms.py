@@ -1,5 +1,6 @@
-"""Names of the loss' terms and of SEAD's zones. Torch-free."""
+"""Names of the loss' terms and of SEAD's zones, and divergences that are not over the whole vocabulary. Torch-free."""
 
+from dataclasses import dataclass
 from enum import IntEnum
 
 
@@ -18,3 +19,31 @@ class Zone(IntEnum):
     A = 0
     B = 1
     C = 2
+
+
+@dataclass(frozen=True)
+class Pointwise:
+    """The divergence of column ``FORWARD_KL`` is a sum over the vocabulary of a function of both log-probabilities.
+
+    ``kind``, ``share`` and ``clip`` are those of ``sead_kernels.split_kl.PointwiseRule``. The other columns are 0.
+    """
+
+    kind: str
+    share: float | None = None
+    clip: float | None = None
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The divergences of columns ``FORWARD_KL`` and ``REVERSE_KL`` are those of a rule on few vocabulary entries.
+
+    ``rule`` is a key of ``sead_kernels.split_kl.RULES``; ``support`` says whose ``k`` most likely tokens: ``teacher``,
+    ``student``, ``union`` or ``intersection``.
+    """
+
+    rule: str
+    k: int
+    support: str = "teacher"
+
+
+Divergence = Pointwise | TopK

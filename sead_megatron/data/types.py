@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sead_megatron.data.terms import Term
+from sead_megatron.data.terms import Divergence, Term
 
 
 @dataclass(frozen=True)
@@ -310,6 +310,7 @@ class Coefficients:
     Attributes:
         weights: float32 [N, 4], columns in the order of ``Term``. An all-zero row is dropped from the update.
         normalizer: > 0, over the global batch, so that the loss does not depend on how the batch is split.
+        divergence: what the first two columns weigh in place of the KL divergences over the whole vocabulary, or None.
         zones: int8 [N] of ``Zone`` values, or None for an objective without zones.
         metrics: what the objective wants logged for this step.
 
@@ -319,6 +320,7 @@ class Coefficients:
 
     weights: Tensor
     normalizer: float
+    divergence: Divergence | None = None
     zones: Tensor | None = None
     metrics: dict[str, float] = field(default_factory=dict)
 

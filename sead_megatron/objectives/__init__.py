@@ -11,15 +11,19 @@ from sead_megatron.objectives.dasd import Dasd, DasdObjective
 from sead_megatron.objectives.decoupled import Decoupled, DecoupledObjective
 from sead_megatron.objectives.drkl import Drkl, DrklObjective
 from sead_megatron.objectives.egrsd import Egrsd, EgrsdObjective
+from sead_megatron.objectives.eopd import Eopd, EopdObjective
+from sead_megatron.objectives.gkd import Gkd, GkdObjective
 from sead_megatron.objectives.gopd import Gopd, GopdObjective
 from sead_megatron.objectives.grpo import Grpo, GrpoObjective
 from sead_megatron.objectives.opd import Opd, OpdObjective
+from sead_megatron.objectives.opsd import Opsd, OpsdObjective
 from sead_megatron.objectives.paced import Paced, PacedObjective
 from sead_megatron.objectives.reopold import Reopold, ReopoldObjective
 from sead_megatron.objectives.scope import Scope, ScopeObjective
 from sead_megatron.objectives.sead import Sead, SeadObjective
 from sead_megatron.objectives.sekd import Sekd, SekdObjective
 from sead_megatron.objectives.tip import Tip, TipObjective
+from sead_megatron.objectives.topk_opd import TopkOpd, TopkOpdObjective
 from sead_megatron.objectives.vopd import Vopd, VopdObjective
 
 # Name -> its section of the configuration and what computes it.
@@ -29,13 +33,17 @@ OBJECTIVES: dict[str, tuple[type[ObjectiveSection], type[Objective[Any]]]] = {
     "dasd": (DasdObjective, Dasd),
     "decoupled": (DecoupledObjective, Decoupled),
     "drkl": (DrklObjective, Drkl),
+    "gkd": (GkdObjective, Gkd),
+    "eopd": (EopdObjective, Eopd),
     "egrsd": (EgrsdObjective, Egrsd),
     "gopd": (GopdObjective, Gopd),
+    "opsd": (OpsdObjective, Opsd),
     "grpo": (GrpoObjective, Grpo),
     "paced": (PacedObjective, Paced),
     "reopold": (ReopoldObjective, Reopold),
     "scope": (ScopeObjective, Scope),
     "sekd": (SekdObjective, Sekd),
+    "topk_opd": (TopkOpdObjective, TopkOpd),
     "tip": (TipObjective, Tip),
     "vopd": (VopdObjective, Vopd),
 }

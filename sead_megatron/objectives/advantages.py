@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from sead_megatron.data.terms import Term
+from sead_megatron.data.terms import Divergence, Term
 from sead_megatron.objectives.base import coefficients_of
 
 if TYPE_CHECKING:
@@ -40,9 +40,10 @@ def policy_gradient(
     importance_clip: float | None = None,
     *,
     others: Mapping[Term, Tensor | float] | None = None,
+    divergence: Divergence | None = None,
     metrics: Mapping[str, float] | None = None,
 ) -> Coefficients:
-    """Coefficients of ``-1/normalizer * sum_t A_t log q(y_t)`` and of `others` beside it.
+    """Coefficients of ``-1/normalizer * sum_t A_t log q(y_t)`` and of `others` (of that `divergence`) beside it.
 
     Args:
         advantage: [N], already 0 where a token is left out.
@@ -57,7 +58,8 @@ def policy_gradient(
         if table.num_tokens:
             logged["importance/mean"] = float(weights.double().mean())
             logged["importance/clipped"] = float(weights.ge(importance_clip or 0.0).double().mean())
-    return coefficients_of(table, {Term.LOGPROB: -advantage} | dict(others or {}), normalizer, metrics=logged)
+    terms = {Term.LOGPROB: -advantage} | dict(others or {})
+    return coefficients_of(table, terms, normalizer, divergence=divergence, metrics=logged)
 
 
 def group_advantages(reward: Tensor, group: Tensor, *, divide_by_std: bool = True) -> Tensor:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from pydantic import Field
 
-from sead_megatron.data.terms import Term
+from sead_megatron.data.terms import Divergence, Term
 from sead_megatron.section import PositiveFloat, Section
 
 if TYPE_CHECKING:
@@ -144,6 +144,7 @@ def coefficients_of(
     terms: Mapping[Term, Tensor | float],
     normalizer: float,
     *,
+    divergence: Divergence | None = None,
     zones: Tensor | None = None,
     metrics: Mapping[str, float] | None = None,
 ) -> Coefficients:
@@ -160,6 +161,7 @@ def coefficients_of(
     return Coefficients(
         weights=weights,
         normalizer=normalizer if normalizer > 0 else 1.0,
+        divergence=divergence,
         zones=zones,
         metrics=token_metrics(table, active) | dict(metrics or {}),
     )

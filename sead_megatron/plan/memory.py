@@ -43,6 +43,8 @@ class Run:
     world: int
     device: Device | None
     """None on the CPU, where Transformer Engine's layers do not run and engines do not sleep."""
+    reference: HFConfig | None = None
+    """The reference model, where the configuration has one."""
 
     @property
     def student_layout(self) -> Layout:
@@ -163,9 +165,12 @@ class _Planner:
             "student weights": trained.parameters,
             "gradients": trained.gradients,
             "optimizer masters": trained.masters,
-            "teacher weights": self._teacher_bytes(teacher_stage),
-            "teacher output layer": self._teacher_output_bytes(stage),
+            "teacher weights": self._frozen_bytes(
+                run.teacher, teacher.tensor, self._teacher_stages, teacher_stage
+            ),
+            "teacher output layer": self._output_bytes(run.teacher, stage),
         }
+        always |= self._reference_bytes(rank, stage)
         if run.config.precision.student in FP8_RECIPES:
             # A quantised copy of each matrix and its transpose, kept from the first microbatch to the last.
             always["student FP8 copies"] = 2 * sum(p.numel for p in parameters if p.is_matrix)
@@ -186,22 +191,24 @@ class _Planner:
             self._run.student, tensor, self._student_stages, stage, trained=True, fused_norms=self._fused
         )
 
-    def _teacher_bytes(self, stage: int) -> int:
-        run = self._run
-        shards = stage_parameters(
-            run.teacher,
-            run.teacher_layout.tensor,
-            self._teacher_stages,
-            stage,
-            trained=False,
-            fused_norms=self._fused,
-        )
-        return sum(math.ceil(shard.numel * self._teacher_element_of(shard)) for shard in shards)
+    def _reference_bytes(self, rank: int, student_stage: int) -> dict[str, int]:
+        run, config = self._run, self._run.config
+        if run.reference is None or config.reference is None:
+            return {}
+        parallel = config.reference.parallel
+        stages = stage_layers(run.reference, parallel.pipeline, parallel.stages)
+        stage = _layout(parallel, run.world).pp_rank(rank)
+        weights = self._frozen_bytes(run.reference, parallel.tensor, stages, stage)
+        return {"reference model": weights + self._output_bytes(run.reference, student_stage)}
 
-    def _teacher_element_of(self, shard: ParameterShard) -> float:
-        """Bytes of an element of a teacher's parameter, FP8's scales included."""
+    def _frozen_bytes(self, model: HFConfig, tensor: int, stages: tuple[int, ...], stage: int) -> int:
+        shards = stage_parameters(model, tensor, stages, stage, trained=False, fused_norms=self._fused)
+        return sum(math.ceil(shard.numel * self._frozen_element_of(model, shard)) for shard in shards)
+
+    def _frozen_element_of(self, model: HFConfig, shard: ParameterShard) -> float:
+        """Bytes of an element of a frozen model's parameter, FP8's scales included."""
         precision = self._run.config.precision
-        kept = precision.first_last_bfloat16 and shard.layer in (0, self._run.teacher.num_layers - 1)
+        kept = precision.first_last_bfloat16 and shard.layer in (0, model.num_layers - 1)
         quantised = precision.teacher in FP8_RECIPES or (
             precision.teacher == "modelopt_fp8" and self._run.device is not None
         )
@@ -209,12 +216,13 @@ class _Planner:
             return self._teacher_element
         return {"fp8_blockwise": 1 + 4 / 128**2, "fp8_mxfp8": 1 + 1 / 32}.get(precision.teacher, 1.0)
 
-    def _teacher_output_bytes(self, stage: int) -> int:
-        layout, teacher = self._run.student_layout, self._run.teacher
+    def _output_bytes(self, frozen: HFConfig, stage: int) -> int:
+        """A frozen model's output layer, in the student's partition."""
+        layout = self._run.student_layout
         if stage < layout.pipeline - 1:
             return 0
-        rows = padded_vocab_size(teacher.vocab_size, layout.tensor) // layout.tensor
-        return rows * teacher.hidden_size * self._teacher_element
+        rows = padded_vocab_size(frozen.vocab_size, layout.tensor) // layout.tensor
+        return rows * frozen.hidden_size * self._teacher_element
 
     def _engine_bytes(self) -> dict[str, int]:
         run, rollout = self._run, self._run.config.rollout

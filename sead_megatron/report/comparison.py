@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sead_megatron.config import TrainConfig
-from sead_megatron.config.objective import SeadObjective
+from sead_megatron.objectives.opd import OpdObjective
+from sead_megatron.objectives.sead import SeadObjective
 from sead_megatron.report.loading import Run, number
 from sead_megatron.report.statistics import Interval, newcombe, wilson
 
@@ -32,8 +33,12 @@ def components(config: TrainConfig) -> Components:
 
 
 def method_name(config: TrainConfig) -> str:
-    """The method as the paper's tables name it."""
-    parts = components(config)
+    """The method as the paper's tables name it; other objectives by their own names."""
+    parts, objective = components(config), config.objective
+    full = isinstance(objective, OpdObjective) and objective.form == "full"
+    if not full and not isinstance(objective, SeadObjective):
+        name = "OPD (RKL k=1)" if objective.name == "opd" else objective.name.upper()
+        return f"{name} + Curriculum" if parts.curriculum else name
     names = {
         "Token Zones": parts.token_zones,
         "KL Annealing": parts.annealing,

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from sead_megatron.config.objective import SeadObjective
+from sead_megatron.objectives.opd import OpdObjective
+from sead_megatron.objectives.sead import SeadObjective
 from sead_megatron.report.loading import Run, SampledRollout
 
 Floats = npt.NDArray[np.float64]
@@ -108,10 +109,12 @@ def _column(rollouts: Sequence[SampledRollout], name: str) -> Floats:
 def _losses(
     run: Run, steps: npt.NDArray[np.int_], zones: npt.NDArray[np.str_], forward: Floats, reverse: Floats
 ) -> Floats:
-    """[N] as the objectives weight their tokens (`sead_megatron/objectives`), with the recorded alpha and lambda."""
+    """[N] as `sead` and full `opd` weight tokens, with the recorded alpha and lambda; NaN for other objectives."""
     objective = run.config.objective
-    if not isinstance(objective, SeadObjective):
+    if isinstance(objective, OpdObjective) and objective.form == "full":
         return reverse
+    if not isinstance(objective, SeadObjective):
+        return np.full_like(reverse, math.nan)
     recorded = {step: (run.at(step, "alpha"), run.at(step, "lambda_fkl")) for step in set(steps.tolist())}
     alpha, scale = (
         np.array([recorded[step][i] for step in steps.tolist()], dtype=np.float64) for i in range(2)

@@ -53,12 +53,14 @@ def engine_trainer_differences(
 
 
 def active_kl(update: Update) -> dict[str, float]:
-    """Mean divergences over the active tokens, for steps in which the others were not evaluated."""
+    """Mean divergences over the active tokens, where the loss evaluated them, for steps that measure no others."""
     if not bool(update.active.any()):
         return {}
+    names = {"kl/forward": "forward_kl", "kl/reverse": "reverse_kl"}
     return {
-        "kl/forward": float(update.columns["forward_kl"][update.active].double().mean()),
-        "kl/reverse": float(update.columns["reverse_kl"][update.active].double().mean()),
+        key: float(update.columns[name][update.active].double().mean())
+        for key, name in names.items()
+        if name in update.columns
     }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
-from sead_kernels.split_kl import TileOptions, VocabShard, finalize, linear_stats, merge_tp, split_kl_loss
+from sead_kernels.split_kl import TileOptions, VocabShard, finalize, linear_stats, merge_tp
 from torch import Tensor
 
 from sead_megatron.config import TrainConfig
@@ -21,16 +21,7 @@ from sead_megatron.training.pipeline import forward_row, response_rows, run_rows
 from sead_megatron.training.step_plan import StepPlan
 from sead_megatron.training.teacher import TeacherScores
 from sead_megatron.training.token_columns import share_columns
-
-# TokenTable columns that a pass through both output layers measures, and the kernel's names of them.
-MEASURED = (
-    "student_entropy",
-    "teacher_entropy",
-    "forward_kl",
-    "reverse_kl",
-    "student_logprob",
-    "teacher_logprob",
-)
+from sead_megatron.training.token_loss import MEASURED, LossContext, measured_by, token_loss
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,34 +105,33 @@ class Student:
             outputs = run_rows(
                 self.model.module, self.model.groups, self._rows(plan), forward_step, train=False
             )
-        return self._share(plan, outputs)
+        return self._share(plan, outputs, MEASURED)
 
     def train_step(self, plan: StepPlan, scores: TeacherScores | None, coefficients: Coefficients) -> Update:
         """Forward, loss and backward of all microbatches, gradient reduction and optimizer step (a collective)."""
         weights = (coefficients.weights / coefficients.normalizer).to(self.device)
         groups = self.model.groups
+        tied = self.model.config.tie_word_embeddings and groups.layout.pipeline == 1
+        context = LossContext(self.shard, groups.collection.tp, self.temperature, self.tile_options, tied)
 
         def forward_step(rows: Iterator[PackedRow], model: Any) -> tuple[Tensor, Any]:
             row = next(rows)
             hidden = forward_row(model, row, self.device)
 
             def loss(output: Tensor) -> tuple[Tensor, Tensor, Any]:
-                result = split_kl_loss(
+                result = token_loss(
                     response_rows(output, row, groups, self._sequence_parallel),
                     self.model.module.output_weight(),
                     *self._teacher_of(scores, row),
                     row.labels.to(self.device),
                     weights[row.token_index.to(self.device)],
-                    shard=self.shard,
-                    tp_group=groups.collection.tp,
-                    temperature=self.temperature,
-                    options=self.tile_options,
-                    weight_tied=self.model.config.tie_word_embeddings and groups.layout.pipeline == 1,
+                    coefficients.divergence,
+                    context,
                 )
                 active = row.token_index[result.active.cpu()]
                 # The second item is Megatron's token count; the loss is already normalised.
                 no_count = torch.zeros((), dtype=torch.int, device=self.device)
-                return result.loss, no_count, (result.loss.detach(), (active, _named(result.stats)))
+                return result.loss, no_count, (result.loss.detach(), (active, result.columns))
 
             return hidden, loss
 
@@ -150,7 +140,8 @@ class Student:
         self.optimizer.zero_grad()
         outputs = run_rows(self.ddp, groups, self._rows(plan), forward_step, train=True)
         loss = self._global_loss([value for value, _ in outputs])
-        columns = self._share(plan, [measured for _, measured in outputs])
+        names = measured_by(coefficients.divergence)
+        columns = self._share(plan, [measured for _, measured in outputs], names)
         result = self.optimizer.step(loss_is_finite=bool(torch.isfinite(loss)))
         active = (coefficients.weights != 0).any(-1)
         return Update(float(loss), result.applied, result.grad_norm, result.lr, active, columns)
@@ -168,12 +159,12 @@ class Student:
             raise RuntimeError("the loss was asked for on a rank that holds no output layer")
         return scores.rows(row.token_index, self.device), self._teacher_output
 
-    def _share(self, plan: StepPlan, outputs: list[tuple[Tensor, dict[str, Tensor]]]) -> dict[str, Tensor]:
+    def _share(
+        self, plan: StepPlan, outputs: list[tuple[Tensor, dict[str, Tensor]]], names: tuple[str, ...]
+    ) -> dict[str, Tensor]:
         token_index = torch.cat([index for index, _ in outputs]) if outputs else None
-        measured = {
-            name: torch.cat([columns[name] for _, columns in outputs]) for name in MEASURED if outputs
-        }
-        return share_columns(MEASURED, measured, token_index, plan.num_tokens, self.model.groups, self.device)
+        measured = {name: torch.cat([columns[name] for _, columns in outputs]) for name in names if outputs}
+        return share_columns(names, measured, token_index, plan.num_tokens, self.model.groups, self.device)
 
     def _global_loss(self, values: list[Tensor]) -> Tensor:
         """The loss of the global batch, float64, equal on all ranks (a collective over the world)."""

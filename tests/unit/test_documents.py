@@ -25,3 +25,9 @@ def test_table_of_a_benchmark(benchmark: str, results: str, document: str) -> No
     command = [sys.executable, f"benchmarks/{benchmark}.py", "--table", results]
     table = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     assert table in (ROOT / f"docs/{document}.md").read_text()
+
+
+def test_table_of_metrics() -> None:
+    command = [sys.executable, "tools/document_metrics.py"]
+    table = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert table in (ROOT / "docs/metrics.md").read_text(), "run python tools/document_metrics.py --write"

@@ -227,6 +227,81 @@ def decoupled(world: World) -> Loss:
     return lambda z: (0.3 * forward_kl(z, world.teacher) + 0.7 * reverse_kl(z, world.teacher)).mean()
 
 
+def jsd(student: Tensor, teacher: Tensor, b: float) -> Tensor:
+    q, p = student.softmax(-1), teacher.softmax(-1)
+    m = b * p + (1 - b) * q
+    return (b * p * (p / m).log() + (1 - b) * q * (q / m).log()).sum(-1)
+
+
+def sequence_mean(world: World, per_token: Tensor) -> Tensor:
+    return torch.stack([per_token[s].mean() for s in world.slices() if s.stop > s.start]).mean()
+
+
+def gkd(b: float) -> Callable[[World], Loss]:
+    return lambda world: lambda z: sequence_mean(world, jsd(z, world.teacher, b))
+
+
+def gkd_skew(world: World) -> Loss:
+    """DistiLLM's skew reverse KL."""
+
+    def loss(z: Tensor) -> Tensor:
+        q, p = z.softmax(-1), world.teacher.softmax(-1)
+        return sequence_mean(world, (q * (q / (0.1 * q + 0.9 * p)).log()).sum(-1))
+
+    return loss
+
+
+def opsd(world: World) -> Loss:
+    """Each entry's contribution is cut at 0.05 before the sum."""
+
+    def loss(z: Tensor) -> Tensor:
+        q, p = z.softmax(-1), world.teacher.softmax(-1)
+        m = 0.5 * p + 0.5 * q
+        entries = 0.5 * p * (p / m).log() + 0.5 * q * (q / m).log()
+        return entries.clamp(max=0.05).sum(-1).mean()
+
+    return loss
+
+
+def pw_opsd(world: World) -> Loss:
+    def loss(z: Tensor) -> Tensor:
+        p = world.teacher.softmax(-1)
+        clipped = (p * (p.log() - z.log_softmax(-1))).clamp(max=0.05).sum(-1)
+        means = []
+        for tokens in world.slices():
+            length = tokens.stop - tokens.start
+            if length:
+                places = [(index - 0.5) / length for index in range(1, length + 1)]
+                gates = [0.25 + 0.75 / (1 + math.exp(-(place - 0.3) / 0.1)) for place in places]
+                means.append((torch.tensor(gates, dtype=torch.float64) * clipped[tokens]).mean())
+        return torch.stack(means).mean()
+
+    return loss
+
+
+def eopd(world: World) -> Loss:
+    """Sampled OPD plus, where the teacher's entropy exceeds 0.8 nat, the KL of its renormalised top 3."""
+    gate, advantage = entropy(world.teacher) > 0.8, log_ratio(world)
+    p = world.teacher.softmax(-1)
+    top = p.topk(3, dim=-1)
+    renormalised = top.values / top.values.sum(-1, keepdim=True)
+
+    def loss(z: Tensor) -> Tensor:
+        log_q = z.log_softmax(-1)
+        forward = (renormalised * (renormalised.log() - log_q.gather(-1, top.indices))).sum(-1)
+        return (-advantage * world.sampled(log_q) + 2.0 * gate * forward).sum() / world.num_tokens
+
+    return loss
+
+
+def topk_opd(world: World) -> Loss:
+    q, p = world.student.softmax(-1), world.teacher.softmax(-1)
+    ids = q.topk(3, dim=-1).indices
+    on = q.gather(-1, ids)
+    advantage = -(on / p.gather(-1, ids)).log() * on / on.sum(-1, keepdim=True)
+    return lambda z: -(advantage * z.log_softmax(-1).gather(-1, ids)).sum(-1).mean()
+
+
 # name, settings, step of four, published loss
 CASES: dict[str, tuple[str, dict[str, Any], int, Callable[[World], Loss]]] = {
     "opd": ("opd", {}, 0, opd_full),
@@ -253,6 +328,12 @@ CASES: dict[str, tuple[str, dict[str, Any], int, Callable[[World], Loss]]] = {
     "paced, then": ("paced", {}, 2, paced(reverse_kl)),
     "drkl": ("drkl", {}, 0, drkl),
     "decoupled": ("decoupled", {"mu": 0.3}, 0, decoupled),
+    "gkd": ("gkd", {"share": 0.3}, 0, gkd(0.3)),
+    "gkd, skew": ("gkd", {"divergence": "skew_reverse", "share": 0.1}, 0, gkd_skew),
+    "opsd": ("opsd", {}, 0, opsd),
+    "pw-opsd": ("opsd", {"divergence": "forward", "positions": {}}, 0, pw_opsd),
+    "eopd": ("eopd", {"topk": 3, "alpha": 2.0}, 0, eopd),
+    "topk opd": ("topk_opd", {"topk": 3}, 0, topk_opd),
 }
 
 

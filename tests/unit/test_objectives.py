@@ -14,6 +14,7 @@ from sead_megatron.data.types import TokenTable
 from sead_megatron.metrics import METRICS
 from sead_megatron.objectives import OBJECTIVES
 from sead_megatron.objectives.advantages import RunningMoments, group_advantages
+from sead_megatron.objectives.opsd import Opsd
 from sead_megatron.objectives.reopold import Reopold
 from sead_megatron.objectives.scope import softmax_weights
 from sead_megatron.objectives.selection import kept_count, lookahead_min, rescaled, top_share
@@ -90,6 +91,23 @@ def test_the_sampled_gradients_are_unbiased() -> None:
             coefficients = make_objective(name, **settings).coefficients(drawn.table(), 0)
             mean += q[:, token, None] * loss_gradient(drawn, coefficients)
         torch.testing.assert_close(mean, expected, rtol=1e-5, atol=1e-8)
+
+
+def test_position_weights_of_pw_opsd() -> None:
+    """0.2856 at the beginning of a response, 0.9993 at its end."""
+    objective = make_objective("opsd", divergence="forward", positions={})
+    assert isinstance(objective, Opsd) and objective.config.positions is not None
+    table = TokenTable(offsets=torch.tensor([0, 100_000]))
+    weights = objective.position_weights(table, objective.config.positions)
+    assert (float(weights[0]), float(weights[-1])) == pytest.approx((0.2856, 0.9993), abs=1e-4)
+
+
+def test_eopd_without_a_gate_is_sampled_opd() -> None:
+    world = make_world()
+    eopd = make_objective("eopd", threshold=1e9, topk=3).coefficients(world.table(), 0)
+    opd = make_objective("opd", form="sampled").coefficients(world.table(), 0)
+    assert torch.equal(eopd.weights, opd.weights) and eopd.normalizer == opd.normalizer
+    torch.testing.assert_close(loss_gradient(world, eopd), loss_gradient(world, opd), rtol=1e-12, atol=1e-15)
 
 
 def test_reopolds_floor() -> None:

@@ -196,6 +196,8 @@ def test_names_of_the_methods(tmp_path: Path) -> None:
         "Token Zones only": ({"name": "sead", "annealing": False}, "uniform"),
         "Token Zones + KL Annealing": ({"name": "sead"}, "uniform"),
         "SEAD (full)": ({"name": "sead"}, "competence"),
+        "TIP": ({"name": "tip"}, "uniform"),
+        "OPD (RKL k=1)": ({"name": "opd", "form": "sampled"}, "uniform"),
     }
     for i, (name, (objective, curriculum)) in enumerate(names.items()):
         difficulty = {} if curriculum == "uniform" else {"difficulty": "d.jsonl"}

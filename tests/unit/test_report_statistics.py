@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from sead_megatron.config.objective import SeadObjective
 from sead_megatron.data.types import Rollout, TokenTable
-from sead_megatron.objectives.sead import Sead
+from sead_megatron.objectives.sead import Sead, SeadObjective
 from sead_megatron.report.categories import CATEGORIES, categories, category_of_text, category_table
 from sead_megatron.report.loading import load_runs
 from sead_megatron.report.statistics import (

@@ -1,0 +1,149 @@
+"""The loss of a microbatch's response tokens: which kernel computes what an objective asks for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from sead_kernels.split_kl import (
+    NO_ID,
+    EntropyStats,
+    PointwiseRule,
+    TileOptions,
+    TopKTarget,
+    VocabShard,
+    finalize_entropy,
+    linear_entropy,
+    merge_tp,
+    pointwise_loss,
+    split_kl_loss,
+    topk_loss,
+)
+from torch import Tensor
+
+from sead_megatron.data.terms import Divergence, Pointwise, Term, TopK
+
+# TokenTable columns that a pass through both output layers measures, and the kernel's names of them.
+MEASURED = (
+    "student_entropy",
+    "teacher_entropy",
+    "forward_kl",
+    "reverse_kl",
+    "student_logprob",
+    "teacher_logprob",
+)
+
+
+def measured_by(divergence: Divergence | None) -> tuple[str, ...]:
+    """The columns that the loss itself measures on active tokens: a top-k loss makes no pass over the teacher."""
+    return ("student_entropy", "student_logprob") if isinstance(divergence, TopK) else MEASURED
+
+
+@dataclass(frozen=True)
+class LossContext:
+    """What is the same for all microbatches of a run. `tied`: the weight is the input embedding too."""
+
+    shard: VocabShard
+    tp_group: dist.ProcessGroup | None
+    temperature: float
+    options: TileOptions
+    tied: bool = False
+
+
+class TokenLoss(NamedTuple):
+    """`loss` with gradient; columns [active] of `measured_by`; int64 indices of the active tokens."""
+
+    loss: Tensor
+    columns: dict[str, Tensor]
+    active: Tensor
+
+
+def token_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    divergence: Divergence | None,
+    context: LossContext,
+) -> TokenLoss:
+    """``sum_t weights_t . (forward, reverse, H_student, log q(y))``, forward and reverse as `divergence` says.
+
+    Args:
+        hidden: [R, H_s] with gradient, teacher_hidden: [R, H_t], labels: int64 [R], weights: float32 [R, 4].
+        weight, teacher_weight: output layers of this rank's vocabulary shard.
+        divergence: None for the KL divergences over the whole vocabulary.
+    """
+    shared = {
+        "shard": context.shard,
+        "tp_group": context.tp_group,
+        "temperature": context.temperature,
+        "options": context.options,
+        "weight_tied": context.tied,
+    }
+    if isinstance(divergence, TopK):
+        target = _target(
+            hidden.detach(), weight, teacher_hidden, teacher_weight, weights, divergence, context
+        )
+        result = topk_loss(hidden, weight, target, labels, weights, rule=divergence.rule, **shared)
+    elif isinstance(divergence, Pointwise):
+        rule = PointwiseRule(divergence.kind, divergence.share, divergence.clip)
+        forward = weights[:, Term.FORWARD_KL]
+        result = pointwise_loss(
+            hidden, weight, teacher_hidden, teacher_weight, labels, forward, rule, **shared
+        )
+    else:
+        result = split_kl_loss(hidden, weight, teacher_hidden, teacher_weight, labels, weights, **shared)
+    columns = {name: getattr(result.stats, name) for name in measured_by(divergence)}
+    return TokenLoss(result.loss, columns, result.active)
+
+
+@torch.no_grad()
+def _target(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    weights: Tensor,
+    divergence: TopK,
+    context: LossContext,
+) -> TopKTarget:
+    """Support and teacher of the tokens that have a divergence; empty slots for all others.
+
+    The teacher's output layer runs on those tokens only.
+    """
+    tokens = (weights[:, [Term.FORWARD_KL, Term.REVERSE_KL]] != 0).any(-1).nonzero()[:, 0]
+    student_ids = None
+    if divergence.support != "teacher":
+        student = _statistics(hidden[tokens], weight, divergence.k, None, context)
+        student_ids = student.topk_ids
+    teacher = _statistics(teacher_hidden[tokens], teacher_weight, divergence.k, student_ids, context)
+    found = TopKTarget.of(teacher, divergence.support, student_ids)
+    width = found.ids.shape[1]
+    ids = torch.full((len(weights), width), NO_ID, dtype=torch.int64, device=hidden.device)
+    logprobs = found.logprobs.new_zeros(len(weights), width)
+    tail_mass = found.tail_mass.new_ones(len(weights))
+    ids[tokens], logprobs[tokens], tail_mass[tokens] = found.ids, found.logprobs, found.tail_mass
+    return TopKTarget(ids, logprobs, tail_mass)
+
+
+def _statistics(
+    hidden: Tensor, weight: Tensor, topk: int, gather_ids: Tensor | None, context: LossContext
+) -> EntropyStats:
+    unused = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
+    state = linear_entropy(
+        hidden,
+        weight,
+        unused,
+        shard=context.shard,
+        temperature=context.temperature,
+        topk=topk,
+        gather_ids=gather_ids,
+        options=context.options,
+    )
+    # Without a token nothing is communicated, on no rank: all of them see the same weights.
+    merged = merge_tp(state, context.tp_group) if len(hidden) else state
+    return finalize_entropy(merged, context.shard.valid, gather_ids=gather_ids)
