@@ -64,7 +64,7 @@ def sample(config: TrainConfig) -> tuple[list[Any], list[Any]]:
     world_of_one()
     tokenizer = load_tokenizer(config.tokenizer_path)
     prompts = training_prompts(config, tokenizer)
-    device = init_world(config)
+    device = init_world(config.device)
     engine = build_engine(config)
     if device.type == "cpu":
         megatron_on_cpu.install()
@@ -185,7 +185,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     with ProcessPoolExecutor(1, get_context("spawn")) as executor:
         prompts, rollouts = executor.submit(sample, load_config(options.config, overrides)).result()
     world_of_one()
-    device = init_world(load_config(options.config, overrides))
+    device = init_world(load_config(options.config, overrides).device)
     if device.type == "cpu":
         megatron_on_cpu.install()
     table = TokenTable.from_rollouts(rollouts, "cpu")

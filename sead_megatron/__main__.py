@@ -1,4 +1,4 @@
-"""`python -m sead_megatron train CONFIG [key=value ...]`; `check`, `dry-run` with `--world-size N`; `report RUN_DIR`.
+"""`python -m sead_megatron train CONFIG`; `check` and `dry-run` of a CONFIG; `evaluate MODEL`; `report RUN_DIR`.
 
 This file is the process boundary: the only place that catches errors it did not expect.
 """
@@ -9,12 +9,18 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from sead_megatron import __version__
 from sead_megatron.config import TrainConfig, check_config, load_config
 from sead_megatron.errors import UserError, alternatives
 from sead_megatron.rollout.environment import prepare_environment
+
+if TYPE_CHECKING:
+    from sead_megatron.evaluation.checks import Evaluation
+
+_Work = TypeVar("_Work", TrainConfig, "Evaluation")
+"""What the ranks of a subcommand are given."""
 
 USER_ERROR = 2
 _HELP = "run `python -m sead_megatron --help`"
@@ -51,6 +57,7 @@ def _command(arguments: Sequence[str]) -> int:
         "check": _check,
         "dry-run": _dry_run,
         "report": _report,
+        "evaluate": _evaluate,
     }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(f"{__doc__.split(chr(10))[0]}\n\nEach has --help.")
@@ -130,25 +137,69 @@ def _preflight(config: TrainConfig, local_world_size: int, world_size: int) -> N
 
 def _train(arguments: Sequence[str]) -> int:
     parser = _parser("train", "Train. Outside torchrun, starts torchrun with --nproc-per-node processes.")
-    parser.add_argument("--nproc-per-node", type=_positive, default=1, metavar="N")
-    parser.add_argument(
-        "--nnodes", type=_positive, metavar="N", help="this and the following go to torchrun as they are"
-    )
-    for option in _MULTI_NODE_OPTIONS[1:]:
-        parser.add_argument(f"--{option.replace('_', '-')}")
+    _add_torchrun_options(parser)
     options = parser.parse_intermixed_args(arguments)
     if "RANK" in os.environ:
-        return _train_rank(options)
+        return _rank(lambda world_size: _load_and_check(options, world_size)[0], _train_loop)
     world_size = options.nproc_per_node * (options.nnodes or 1)
     config, summary = _load_and_check(options, world_size)
     _preflight(config, options.nproc_per_node, world_size)
     print(f"{summary}\nrun directory {config.run_dir}", flush=True)
     # Inherited by torchrun and its ranks; torchrun warns when OMP_NUM_THREADS is not set.
     prepare_environment(on_cpu=config.device == "cpu")
-    os.execv(sys.executable, _torchrun(options))
+    os.execv(sys.executable, _torchrun(options, ["train", options.config, *options.overrides]))
 
 
-def _torchrun(options: argparse.Namespace) -> list[str]:
+def _train_loop(config: TrainConfig) -> None:
+    from sead_megatron import train
+
+    train.main(config)
+
+
+def _evaluate(arguments: Sequence[str]) -> int:
+    from sead_megatron.evaluation.settings import add_arguments, is_comparison, settings_of
+
+    parser = _Parser(
+        prog="python -m sead_megatron evaluate",
+        description="Pass rates of a model on benchmarks. Outside torchrun, starts torchrun.",
+    )
+    add_arguments(parser)
+    _add_torchrun_options(parser)
+    options = parser.parse_args(arguments)
+    if is_comparison(options):
+        from sead_megatron.evaluation.tables import compare_outputs, show
+
+        show(compare_outputs(options.compare, options.output))
+        return 0
+    from sead_megatron.evaluation.checks import check, preflight
+
+    settings = settings_of(options)
+    if "RANK" in os.environ:
+        return _rank(lambda world_size: check(settings, world_size), _evaluation_loop)
+    preflight(
+        check(settings, options.nproc_per_node * (options.nnodes or 1)),
+        options.nproc_per_node,
+    )
+    prepare_environment(on_cpu=settings.device == "cpu")
+    os.execv(sys.executable, _torchrun(options, ["evaluate", *arguments]))
+
+
+def _evaluation_loop(evaluation: "Evaluation") -> None:
+    from sead_megatron.evaluation import evaluate
+
+    evaluate.main(evaluation)
+
+
+def _add_torchrun_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--nproc-per-node", type=_positive, default=1, metavar="N")
+    parser.add_argument(
+        "--nnodes", type=_positive, metavar="N", help="this and the following go to torchrun as they are"
+    )
+    for option in _MULTI_NODE_OPTIONS[1:]:
+        parser.add_argument(f"--{option.replace('_', '-')}")
+
+
+def _torchrun(options: argparse.Namespace, command: Sequence[str]) -> list[str]:
     """The command that becomes this process. One node needs no address: --standalone picks a free port."""
     several_nodes = {
         name: getattr(options, name) for name in _MULTI_NODE_OPTIONS if getattr(options, name) is not None
@@ -158,28 +209,26 @@ def _torchrun(options: argparse.Namespace) -> list[str]:
         *(sys.executable, "-m", "torch.distributed.run"),
         *(rendezvous or ["--standalone"]),
         f"--nproc-per-node={options.nproc_per_node}",
-        *("-m", "sead_megatron", "train", options.config, *options.overrides),
+        *("-m", "sead_megatron", *command),
     ]
 
 
-def _train_rank(options: argparse.Namespace) -> int:
-    """One rank of the torchrun world.
+def _rank(load: Callable[[int], _Work], run: Callable[[_Work], None]) -> int:
+    """One rank of the torchrun world: `load` checks what is asked of a world of that size, `run` does it.
 
     A rank that fails leaves without running destructors: those of process groups and engines wait for peers
     that wait for this rank. torchrun sees the exit code and ends the whole job.
     """
     speaks = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
-        config, _ = _load_and_check(options, int(os.environ["WORLD_SIZE"]))
+        work = load(int(os.environ["WORLD_SIZE"]))
     except UserError as error:  # the same on every rank: one of them says it
         if speaks:
             print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
-    prepare_environment(on_cpu=config.device == "cpu")
+    prepare_environment(on_cpu=work.device == "cpu")
     try:
-        from sead_megatron import train
-
-        train.main(config)
+        run(work)
     except UserError as error:  # maybe on this rank only
         print(f"error: {error}" if speaks else f"error: rank {os.environ['RANK']}: {error}", file=sys.stderr)
         _leave(USER_ERROR)

@@ -88,6 +88,11 @@ _TABLE = [
         "share",
         "held-out prompts answered correctly by greedy decoding after this step",
     ),
+    Metric(
+        "evaluation/<benchmark>",
+        "share",
+        "right responses to a benchmark of evaluation.benchmarks after this step; one key each, by its file's name",
+    ),
     Metric("time/rollout", "s", "sampling", deterministic=False),
     Metric("time/teacher", "s", "scoring by the teacher", deterministic=False),
     Metric("time/stats", "s", "forward-only student statistics", deterministic=False),
@@ -105,12 +110,18 @@ _TABLE = [
     Metric("memory/peak_bytes", "bytes", "largest peak of memory over the ranks", deterministic=False),
 ]
 
+_BENCHMARK_PREFIX = "evaluation/"
+
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _TABLE}
 
 
 def check_keys(keys: Iterable[str]) -> None:
-    """Raise ValueError for keys that are not in the table (a non-finite value's marker key is)."""
-    unknown = sorted(key for key in keys if key.removesuffix(NONFINITE_SUFFIX) not in METRICS)
+    """Raise ValueError for keys that are not in the table (a non-finite value's marker key is, and a benchmark's)."""
+    unknown = sorted(
+        key
+        for key in keys
+        if key.removesuffix(NONFINITE_SUFFIX) not in METRICS and not key.startswith(_BENCHMARK_PREFIX)
+    )
     if unknown:
         raise ValueError(f"unknown metric keys {unknown}: add them to sead_megatron/metrics.py")
 

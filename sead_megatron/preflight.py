@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from sead_megatron.config import TrainConfig
 from sead_megatron.config.schema import FP8_RECIPES
-from sead_megatron.data.tokenised import evaluation_prompts, training_prompts
+from sead_megatron.data.tokenised import benchmark_prompts, evaluation_prompts, training_prompts
 from sead_megatron.data.types import Prompt
 from sead_megatron.errors import UserError
 from sead_megatron.models.architecture import HFConfig
@@ -117,6 +117,8 @@ def _check_prompts(config: TrainConfig, vocab_size: int) -> None:
     tokenizer = load_tokenizer(config.tokenizer_path)
     _check_ids("data.prompts", training_prompts(config, tokenizer), vocab_size)
     _check_ids("evaluation.prompts", evaluation_prompts(config, tokenizer), vocab_size)
+    for problems in benchmark_prompts(config, tokenizer).values():
+        _check_ids("evaluation.benchmarks", problems, vocab_size)
 
 
 def _check_ids(what: str, prompts: Sequence[Prompt], vocab_size: int) -> None:

@@ -4,9 +4,10 @@ step.
     .lock                 held by rank 0 while a job runs
     config.yaml           resolved configuration
     metrics.jsonl         one object a step, keys of `sead_megatron.metrics`
-    evaluations.jsonl     one object per held-out evaluation: step, accuracy, correct, total, truncated,
-    length_mean rollouts/step_N.jsonl sampled rollouts of step N checkpoints/          written by the
-    checkpoint code
+    evaluations.jsonl     one object per held-out evaluation: step; accuracy, correct, total, truncated, length_mean of
+                          evaluation.prompts; benchmarks: name -> problems, samples, correct, score, truncated, ...
+    rollouts/step_N.jsonl sampled rollouts of step N
+    checkpoints/          written by the checkpoint code
 
 Only rank 0 writes. `open` first, then, always (a run may die before its first checkpoint), `rewind(step)`
 with the step of the checkpoint that training continues from, 0 without one.

@@ -33,7 +33,8 @@ def summary_rows(run_dir: Path) -> list[Row]:
     ]
     if skipped := records[-1].get("skipped_steps"):
         rows.append(("skipped steps", f"{skipped:.0f}"))
-    rows += _accuracy_rows(read_records(run.evaluations_path))
+    evaluations = read_records(run.evaluations_path)
+    rows += _accuracy_rows(evaluations) + _benchmark_rows(evaluations)
     for key in ("loss", "entropy/student", "entropy/teacher", "kl/forward", "kl/reverse"):
         values = _values(records, key)
         if values:
@@ -66,13 +67,28 @@ def _values(records: Sequence[dict[str, Any]], key: str) -> list[float]:
 
 
 def _accuracy_rows(evaluations: Sequence[dict[str, Any]]) -> list[Row]:
-    if not evaluations:
+    ordered = sorted(
+        (evaluation for evaluation in evaluations if "accuracy" in evaluation),
+        key=lambda evaluation: int(evaluation["step"]),
+    )
+    if not ordered:
         return []
-    ordered = sorted(evaluations, key=lambda evaluation: int(evaluation["step"]))
     rows = [("held-out greedy accuracy, before", _accuracy(ordered[0]))] if ordered[0]["step"] == 0 else []
     if ordered[-1]["step"] > 0:
         rows.append((f"held-out greedy accuracy, step {ordered[-1]['step']}", _accuracy(ordered[-1])))
     return rows
+
+
+def _benchmark_rows(evaluations: Sequence[dict[str, Any]]) -> list[Row]:
+    """First and last pass rate of each benchmark."""
+    scores: dict[str, list[tuple[int, float]]] = {}
+    for evaluation in sorted(evaluations, key=lambda evaluation: int(evaluation["step"])):
+        for name, result in evaluation.get("benchmarks", {}).items():
+            scores.setdefault(name, []).append((evaluation["step"], result["score"]))
+    return [
+        (f"{name}, step {known[0][0]} -> {known[-1][0]}", f"{known[0][1]:.1%} -> {known[-1][1]:.1%}")
+        for name, known in scores.items()
+    ]
 
 
 def _accuracy(evaluation: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from sead_megatron import metrics as metric_table
 from sead_megatron.config import TrainConfig
 from sead_megatron.data.types import Coefficients, Rollout, RolloutFacts, TokenTable
 from sead_megatron.evaluation.greedy import evaluate_greedy, pass_flags
+from sead_megatron.evaluation.responses import evaluate_benchmarks
 from sead_megatron.progress import Progress
 from sead_megatron.rollout.collect import as_rollout, generate_everywhere, request_seed
 from sead_megatron.run_directory import RunDirectory
@@ -203,13 +204,19 @@ class Trainer:
         return self.evaluate() if due else None
 
     def evaluate(self) -> dict[str, Any] | None:
-        """Greedy held-out accuracy of the weights that the engine holds; None without evaluation prompts."""
+        """Held-out pass rates of the weights that the engine holds; None when the configuration names no problems."""
         job = self.job
-        if not job.eval_prompts:
+        if not job.eval_prompts and not job.benchmarks:
             return None
+        record: dict[str, Any] = {"step": self.step}
         with self.phase("evaluation"):
             max_new_tokens = self.config.evaluation_max_new_tokens
-            record = evaluate_greedy(job.engine, job.eval_prompts, job.tokenizer, max_new_tokens, self.step)
+            if job.eval_prompts:
+                record |= evaluate_greedy(
+                    job.engine, job.eval_prompts, job.tokenizer, max_new_tokens, self.step
+                )
+            if job.benchmarks:
+                record["benchmarks"] = evaluate_benchmarks(job.sampler(), job.benchmarks)
         if self._is_head:
             self.run.append_evaluation(record)
         return record
@@ -242,7 +249,10 @@ class Trainer:
             seconds = times["time/teacher"] + times["time/update"]
             record["mfu"] = flops / (seconds * peak * dist.get_world_size())
         if evaluation is not None:
-            record["evaluation/accuracy"] = evaluation["accuracy"]
+            if "accuracy" in evaluation:
+                record["evaluation/accuracy"] = evaluation["accuracy"]
+            for name, result in evaluation.get("benchmarks", {}).items():
+                record[f"evaluation/{name}"] = result["score"]
         metric_table.check_keys(record)
         if self._is_head:
             if limit := config.metrics.rollout_samples:

@@ -106,9 +106,19 @@ def _check_lengths(config: TrainConfig) -> None:
 
 def _check_evaluation(config: TrainConfig) -> None:
     evaluation = config.evaluation
-    if evaluation.every and evaluation.prompts is None:
+    if evaluation.every and evaluation.prompts is None and not evaluation.benchmarks:
         raise UserError(
-            "evaluation.every", evaluation.every, "needs evaluation.prompts", "set it, or use every: 0"
+            "evaluation.every",
+            evaluation.every,
+            "needs evaluation.prompts or evaluation.benchmarks",
+            "set one, or use every: 0",
+        )
+    if evaluation.samples > 1 and evaluation.temperature == 0:
+        raise UserError(
+            "evaluation.samples",
+            evaluation.samples,
+            "needs evaluation.temperature above 0: greedy responses to a problem are all the same",
+            "set it, for example to 0.6",
         )
     if config.evaluation_max_new_tokens >= config.rollout.max_model_len:
         raise UserError(

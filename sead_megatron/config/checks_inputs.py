@@ -8,9 +8,12 @@ from sead_megatron.config.schema import TrainConfig
 from sead_megatron.data.difficulty import read_difficulties
 from sead_megatron.data.prompts import read_prompts
 from sead_megatron.errors import UserError
+from sead_megatron.evaluation.benchmarks import read_benchmarks
 from sead_megatron.models.converted import check_converted, is_distributed
 from sead_megatron.models.safetensors_index import read_index
 from sead_megatron.models.tokenizer_files import check_same_tokenizer
+
+_TAKEN = "accuracy"
 
 
 def check_inputs(config: TrainConfig) -> int:
@@ -66,5 +69,13 @@ def _check_prompts(config: TrainConfig) -> int:
                 config.evaluation.prompts,
                 f"{len(unanswered)} of {len(held_out)} prompts have no answer to grade by: {some}",
                 "add answers or remove these prompts",
+            )
+    for benchmark in read_benchmarks(config.evaluation.benchmarks, "evaluation.benchmarks"):
+        if benchmark.name == _TAKEN:
+            raise UserError(
+                "evaluation.benchmarks",
+                benchmark.path,
+                f"evaluation/{_TAKEN} is the metric of evaluation.prompts",
+                "rename the file",
             )
     return len(prompts)

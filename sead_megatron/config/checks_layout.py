@@ -15,7 +15,7 @@ def check_layouts(
         _model_layout("teacher.parallel", config.teacher.parallel, teacher, world_size),
     )
     check_nested(*layouts)
-    _check_engine(config.rollout.tensor_parallel, student, world_size)
+    check_engine(config.rollout.tensor_parallel, student, world_size)
     _check_sequences(config, layouts[0].data)
     return layouts
 
@@ -99,16 +99,22 @@ def _check_stages(what: str, parallel: ParallelConfig, model: HFConfig) -> None:
         )
 
 
-def _check_engine(tensor: int, student: HFConfig, world_size: int) -> None:
+def check_engine(
+    tensor: int,
+    model: HFConfig,
+    world_size: int,
+    what: str = "rollout.tensor_parallel",
+    owner: str = "the student",
+) -> None:
     """vLLM's rules: heads and FFN are cut evenly; KV heads are cut evenly, or each is held by several
-    ranks."""
-    heads = student.num_attention_heads
+    ranks. Raises UserError about the field or option `what` of the model `owner`."""
+    heads = model.num_attention_heads
 
     def cuts_key_value_heads(size: int) -> bool:
-        return all(count % size == 0 or size % count == 0 for count in student.key_value_heads)
+        return all(count % size == 0 or size % count == 0 for count in model.key_value_heads)
 
     def uncut_widths(size: int) -> list[int]:
-        return [width for width in student.ffn_hidden_sizes if width % size]
+        return [width for width in model.ffn_hidden_sizes if width % size]
 
     def fits(size: int) -> bool:
         whole = world_size % size == 0 and heads % size == 0
@@ -119,16 +125,14 @@ def _check_engine(tensor: int, student: HFConfig, world_size: int) -> None:
     if world_size % tensor:
         constraint = f"must divide the world size ({world_size})"
     elif heads % tensor:
-        constraint = f"must divide the student's num_attention_heads ({heads})"
+        constraint = f"must divide {owner}'s num_attention_heads ({heads})"
     elif uncut_widths(tensor):
-        constraint = f"must divide the student's intermediate_size ({uncut_widths(tensor)[0]})"
+        constraint = f"must divide {owner}'s intermediate_size ({uncut_widths(tensor)[0]})"
     else:
-        heads_of_layers = alternatives(list(student.key_value_heads))
-        constraint = (
-            f"must divide the student's num_key_value_heads ({heads_of_layers}) or be a multiple of it"
-        )
+        heads_of_layers = alternatives(list(model.key_value_heads))
+        constraint = f"must divide {owner}'s num_key_value_heads ({heads_of_layers}) or be a multiple of it"
     raise UserError(
-        "rollout.tensor_parallel",
+        what,
         tensor,
         constraint,
         f"use {alternatives([size for size in _divisors(world_size) if fits(size)])}",

@@ -111,13 +111,19 @@ class EvaluationConfig(Section):
     """Pass rate on held-out prompts."""
 
     prompts: Name | None = Field(default=None, examples=["data/eval.jsonl"])
-    """JSONL of evaluation prompts, each with an `answer`. Default: no evaluation."""
+    """JSONL of evaluation prompts, each with an `answer`, decoded greedily. Default: none."""
+    benchmarks: list[Name] = Field(default=[], examples=[["data/MATH-500.parquet"]])
+    """Benchmarks, JSONL or parquet (docs/evaluation.md); each has a metric of its own, `evaluation/<file name>`."""
+    samples: PositiveInt = 1
+    """Responses to each problem of the benchmarks."""
+    temperature: NonNegativeFloat = 0.0
+    """Sampling temperature of the benchmarks' responses; 0 is greedy."""
     every: NonNegativeInt = 0
     """Evaluate every so many steps; 0: only before the first and after the last step."""
     max_new_tokens: PositiveInt | None = Field(default=None, examples=[1024])
     """Longest evaluation response, tokens. Default: `rollout.max_new_tokens`."""
     limit: PositiveInt | None = Field(default=None, examples=[100])
-    """Use only the first so many evaluation prompts. Default: all."""
+    """Use only the first so many evaluation prompts, and problems of each benchmark. Default: all."""
 
 
 class RolloutConfig(Section):

@@ -10,6 +10,7 @@ from sead_megatron.config import TrainConfig
 from sead_megatron.data.prompts import PromptRecord, check_prompt_lengths, read_prompts
 from sead_megatron.data.types import Prompt
 from sead_megatron.errors import UserError
+from sead_megatron.evaluation.benchmarks import read_benchmarks
 from sead_megatron.models.tokenizer import Tokenizer
 
 
@@ -51,6 +52,22 @@ def evaluation_prompts(config: TrainConfig, tokenizer: Tokenizer) -> list[Prompt
         return []
     records = read_prompts(config.evaluation.prompts, "evaluation.prompts")[: config.evaluation.limit]
     return tokenise(records, tokenizer, config, config.evaluation_max_new_tokens)
+
+
+def benchmark_prompts(config: TrainConfig, tokenizer: Tokenizer) -> dict[str, list[Prompt]]:
+    """Benchmark -> its problems."""
+    return {
+        benchmark.name: tokenise(
+            [
+                PromptRecord(problem.id, problem.messages, problem.answer, None)
+                for problem in benchmark.problems[: config.evaluation.limit]
+            ],
+            tokenizer,
+            config,
+            config.evaluation_max_new_tokens,
+        )
+        for benchmark in read_benchmarks(config.evaluation.benchmarks, "evaluation.benchmarks")
+    }
 
 
 def tokenise(

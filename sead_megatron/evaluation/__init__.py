@@ -1,1 +1,1 @@
-"""Held-out accuracy: grading of answers against gold answers."""
+"""Grading of answers against gold answers, held-out accuracy during training, and benchmarks of any checkpoint."""

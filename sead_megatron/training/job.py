@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -15,9 +16,10 @@ from sead_kernels.split_kl import describe_backend
 from sead_megatron.config import TrainConfig
 from sead_megatron.data.curriculum import Curriculum, build_curriculum
 from sead_megatron.data.difficulty import read_difficulties
-from sead_megatron.data.tokenised import evaluation_prompts, training_prompts
+from sead_megatron.data.tokenised import benchmark_prompts, evaluation_prompts, training_prompts
 from sead_megatron.data.types import Prompt
 from sead_megatron.errors import UserError
+from sead_megatron.evaluation.responses import Sampler
 from sead_megatron.models.export import HFStream
 from sead_megatron.models.tokenizer import Tokenizer, load_tokenizer
 from sead_megatron.objectives import build_objective
@@ -48,6 +50,7 @@ class Job:
     eval_prompts: Sequence[Prompt]
     difficulties: Sequence[float] | None
     """1 - pass rate of the initial student for each training prompt, where there is such a file."""
+    benchmarks: Mapping[str, Sequence[Prompt]]
     curriculum: Curriculum
     objective: Objective
     profile: Profile | None
@@ -69,6 +72,14 @@ class Job:
             rollout.top_k,
         )
 
+    def sampler(self) -> Sampler:
+        """How the benchmarks of an evaluation are answered."""
+        config = self.config
+        sampling = Sampling(
+            config.evaluation.temperature, config.evaluation_max_new_tokens, tuple(self.tokenizer.eos_ids)
+        )
+        return Sampler(self.engine, self.tokenizer, config.evaluation.samples, sampling, config.seed)
+
     def sync_weights(self, version: int) -> None:
         """Gives the engine the student's weights (a collective over the world)."""
         self.engine.wake_for_weights()
@@ -76,9 +87,9 @@ class Job:
         self.engine.wake_for_rollouts()
 
 
-def init_world(config: TrainConfig) -> torch.device:
+def init_world(kind: Literal["cuda", "cpu"]) -> torch.device:
     """Joins the process group and picks this rank's device. Needs torchrun's environment."""
-    if config.device == "cpu":
+    if kind == "cpu":
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         device = torch.device("cpu")
         dist.init_process_group("gloo", timeout=_COLLECTIVE_TIMEOUT)
@@ -135,6 +146,7 @@ def build_job(config: TrainConfig, report: Callable[[str], None]) -> Job:
     tokenizer = load_tokenizer(config.tokenizer_path)
     prompts = training_prompts(config, tokenizer)
     eval_prompts = evaluation_prompts(config, tokenizer)
+    benchmarks = benchmark_prompts(config, tokenizer)
     difficulties = None
     if config.curriculum.difficulty is not None:
         by_id = read_difficulties(config.curriculum.difficulty, [prompt.id for prompt in prompts]).values
@@ -143,7 +155,7 @@ def build_job(config: TrainConfig, report: Callable[[str], None]) -> Job:
         config.curriculum, difficulties, len(prompts), config.steps, config.data.prompts_per_step, config.seed
     )
     objective = build_objective(config.objective, config.steps)
-    device = init_world(config)
+    device = init_world(config.device)
     profile = build_profile(config, dist.get_rank())
     report("starting the rollout engine")
     engine = build_engine(config)
@@ -167,6 +179,7 @@ def build_job(config: TrainConfig, report: Callable[[str], None]) -> Job:
         prompts,
         eval_prompts,
         difficulties,
+        benchmarks,
         curriculum,
         objective,
         profile,

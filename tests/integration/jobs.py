@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,24 +91,23 @@ def run_job(
     config: Path, ranks: int, *overrides: str, fault: dict[str, Any] | None = None, timeout: int = 300
 ) -> Finished:
     """`python -m sead_megatron train CONFIG --nproc-per-node RANKS OVERRIDES` to its end."""
+    command = ["train", str(config), f"--nproc-per-node={ranks}", *overrides]
+    return run_command(command, config.with_suffix(".log"), fault, timeout)
+
+
+def run_command(
+    arguments: Sequence[str], log_path: Path, fault: dict[str, Any] | None = None, timeout: int = 300
+) -> Finished:
+    """`python -m sead_megatron ARGUMENTS` to its end."""
     token = uuid.uuid4().hex
     environment = os.environ | {VARIABLE: token, "OMP_NUM_THREADS": "1"}
     if fault is not None:
         environment["SEAD_TEST_FAULT"] = json.dumps({"rank": 0, "call": 1, "action": "kill"} | fault)
         environment["PYTHONPATH"] = os.pathsep.join([str(HOOKS), os.environ.get("PYTHONPATH", "")])
-    command = [
-        sys.executable,
-        "-m",
-        "sead_megatron",
-        "train",
-        str(config),
-        f"--nproc-per-node={ranks}",
-        *overrides,
-    ]
     try:
-        with open(config.with_suffix(".log"), "w+") as log:
+        with open(log_path, "w+") as log:
             ended = subprocess.run(
-                command,
+                [sys.executable, "-m", "sead_megatron", *arguments],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 timeout=timeout,

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from sead_megatron.metrics import METRICS
+from sead_megatron.metrics import check_keys
 from sead_megatron.records import read_records
 from tests.integration.jobs import run_job, write_job
 
@@ -33,7 +33,7 @@ def _check_run(
     records = read_records(run / "metrics.jsonl")
     assert [record["step"] for record in records] == list(range(1, steps + 1))
     for record in records:
-        assert set(record) <= set(METRICS), set(record) - set(METRICS)
+        check_keys(record)
         assert keys <= set(record), keys - set(record)
         assert math.isfinite(record["loss"]) and record["grad_norm"] > 0
         assert record["weight_version"] == record["step"] - 1
@@ -89,7 +89,7 @@ def test_two_ranks(baseline: tuple[Path, Path]) -> None:
 
 
 def test_four_ranks_in_three_layouts(tmp_path: Path) -> None:
-    """Student TP2 PP2, teacher TP2 DP2, engines of TP2, and a teacher entropy of the top k.
+    """Student TP2 PP2, teacher TP2 DP2, engines of TP2, a teacher entropy of the top k, and a sampled benchmark.
 
     The entropy of k tokens and a tail is a lower bound, and it decides the zones, whose shares stay exact.
     """
@@ -99,13 +99,26 @@ def test_four_ranks_in_three_layouts(tmp_path: Path) -> None:
         objective={"name": "sead", "teacher_entropy": "topk", "teacher_topk": 8},
         kernel={"cache_mib": 1, "check_finite": True},
         rollout={"tensor_parallel": 2},
-        evaluation={"prompts": None, "every": 0},
+        evaluation={
+            "prompts": None,
+            "every": 1,
+            "benchmarks": [str(tmp_path / "eval.jsonl")],
+            "samples": 2,
+            "temperature": 1.0,
+            "limit": 5,
+        },
     )
     layout = ("student.parallel.tensor=2", "student.parallel.pipeline=2", "teacher.parallel.tensor=2")
     ended = run_job(config, 4, *layout)
     assert ended.returncode == 0, ended.output[-4000:]
     records = _check_run(tmp_path / "run", 2)
     _check_shares(records)
+    evaluations = [
+        record["benchmarks"]["eval"] for record in read_records(tmp_path / "run/evaluations.jsonl")
+    ]
+    assert [(e["problems"], e["samples"]) for e in evaluations] == [(5, 2)] * 3
+    assert len({e["length_mean"] for e in evaluations}) > 1
+    assert [record["evaluation/eval"] for record in records] == [e["score"] for e in evaluations[1:]]
     # The other tokens of the vocabulary hold some mass, and at most ln V nats.
     assert all(0 < record["entropy/teacher_slack"] < 10 for record in records)
 

@@ -79,7 +79,12 @@ def test_what_passes(good: Path) -> None:
          "rollout.max_new_tokens with it"),
         (1, ["device=cpu"], "rollout.kv_cache_gib: required with device: cpu; use for example 1.0"),
         (1, ["evaluation.every=5"],
-         "evaluation.every = 5: needs evaluation.prompts; set it, or use every: 0"),
+         "evaluation.every = 5: needs evaluation.prompts or evaluation.benchmarks; set one, or use every: 0"),
+        (1, ["evaluation.samples=4"],
+         "evaluation.samples = 4: needs evaluation.temperature above 0: greedy responses to a problem are all the "
+         "same; set it, for example to 0.6"),
+        (1, ["evaluation.benchmarks=[none.parquet]"],
+         'evaluation.benchmarks = "none.parquet": no such file; give the path of a JSONL or parquet file'),
         (1, ["evaluation.max_new_tokens=64"],
          "evaluation.max_new_tokens = 64: must be less than rollout.max_model_len (64): it holds prompts "
          "too; "
@@ -198,6 +203,16 @@ def test_evaluation_needs_answers(good: Path, tmp_path: Path) -> None:
         f'evaluation.prompts = "{path}": 1 of 2 prompts have no answer to grade by: a; add answers or '
         f"remove these "
         "prompts"
+    )
+
+
+def test_a_benchmark_with_the_name_of_another_metric(good: Path, tmp_path: Path) -> None:
+    entry = {"id": "a", "prompt": "one", "answer": "1"}
+    paths = [str(write_jsonl(tmp_path / f"{name}.jsonl", [entry])) for name in ("fine", "accuracy")]
+    check_config(load_config(good, [f"evaluation.benchmarks={paths[:1]}", "evaluation.every=2"]), 1)
+    assert mistake(good, 1, f"evaluation.benchmarks={paths}") == (
+        f'evaluation.benchmarks = "{paths[1]}": evaluation/accuracy is the metric of evaluation.prompts; rename the '
+        "file"
     )
 
 

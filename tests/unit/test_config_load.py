@@ -237,7 +237,7 @@ def other_value(annotation: object, default: object) -> Any:
     """A valid value that differs from the default."""
     allowed = flat(annotation)
     if any(get_origin(branch) is list for branch in (annotation, *get_args(annotation))):
-        return [7]
+        return ["elsewhere"] if str in allowed else [7]
     words = [word for word in allowed if isinstance(word, str) and word != default]
     if words:
         return words[-1]

@@ -60,6 +60,12 @@ def test_unknown_key_is_refused() -> None:
         check_keys(["loss", "los", "zone/d_share"])
 
 
+def test_every_benchmark_has_a_key() -> None:
+    check_keys(["evaluation/MATH-500", "evaluation/AIME24_nonfinite"])
+    with pytest.raises(ValueError, match="'evaluations/MATH-500'"):
+        check_keys(["evaluations/MATH-500"])
+
+
 def test_only_time_and_machine_are_not_deterministic() -> None:
     not_deterministic = METRICS.keys() - set(deterministic_keys())
     assert not_deterministic == {key for key in METRICS if key.startswith("time/")} | {

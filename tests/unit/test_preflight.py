@@ -138,6 +138,16 @@ def test_prompts_longer_than_the_context(inputs: Path) -> None:
     check(inputs, f"evaluation.prompts={inputs}/held_out.jsonl", short)
 
 
+def test_benchmark_prompts_are_checked_too(inputs: Path) -> None:
+    entries = [
+        {"id": "short", "prompt": "one", "answer": "1"},
+        {"id": "long", "prompt": "one plus " * 30, "answer": "3"},
+    ]
+    write_jsonl(inputs / "b.jsonl", entries)
+    assert "the longest 'long' with 62" in mistake(inputs, f"evaluation.benchmarks=[{inputs}/b.jsonl]")
+    check(inputs, f"evaluation.benchmarks=[{inputs}/b.jsonl]", "evaluation.limit=1")
+
+
 def test_prompt_without_a_token(inputs: Path) -> None:
     template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     for name in ("student", "teacher"):

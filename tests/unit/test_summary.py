@@ -65,6 +65,15 @@ def test_shares_of_the_forward_kl_where_measured(tmp_path: Path) -> None:
     assert rows["skipped steps"] == "1"
 
 
+def test_benchmarks_beside_or_without_prompts(tmp_path: Path) -> None:
+    run = finished_run(tmp_path)
+    for step, score in ((0, 0.5), (4, 0.625)):
+        run.append_evaluation({"step": step, "benchmarks": {"AMC23": {"score": score}}})
+    rows = dict(summary_rows(run.path))
+    assert rows["AMC23, step 0 -> 4"] == "50.0% -> 62.5%"
+    assert rows["held-out greedy accuracy, step 2"] == "50.0% (8 of 16)"
+
+
 def test_table_prints_the_rows(tmp_path: Path) -> None:
     out = io.StringIO()
     Console(file=out, width=300, color_system=None).print(summary_table(finished_run(tmp_path).path))
