@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sead_megatron.config import TrainConfig
+from sead_megatron.evaluation.estimators import Interval, wilson
 from sead_megatron.objectives.opd import OpdObjective
 from sead_megatron.objectives.sead import SeadObjective
 from sead_megatron.report.loading import Run, number
-from sead_megatron.report.statistics import Interval, newcombe, wilson
+from sead_megatron.report.statistics import newcombe
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,6 @@ from sead_megatron.report.charts import (
 )
 from sead_megatron.report.comparison import evaluated
 from sead_megatron.report.loading import Run, evenly, number
-from sead_megatron.report.statistics import Interval
 
 COLOURS = 6
 """Runs have the classes run-0 ... run-5; the seventh starts again, dashed."""
@@ -62,7 +61,7 @@ def accuracy_chart(runs: Sequence[Run]) -> Chart:
     lines = []
     for i, run in enumerate(runs):
         evaluations = evaluated(run)
-        bounds = [e.interval or Interval(e.accuracy, e.accuracy) for e in evaluations]
+        bounds = [e.interval or (e.accuracy, e.accuracy) for e in evaluations]
         lines.append(
             Line(
                 run.name,
@@ -70,8 +69,8 @@ def accuracy_chart(runs: Sequence[Run]) -> Chart:
                 [e.step for e in evaluations],
                 [100 * e.accuracy for e in evaluations],
                 dashed=i >= COLOURS,
-                low=[100 * bound.low for bound in bounds],
-                high=[100 * bound.high for bound in bounds],
+                low=[100 * low for low, _ in bounds],
+                high=[100 * high for _, high in bounds],
             )
         )
     return line_chart(

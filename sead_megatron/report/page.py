@@ -87,9 +87,7 @@ def _card_row(row: ComparedRun, index: int) -> dict[str, Any]:
     cards: list[tuple[str, str, str]] = []
     if final:
         bounds = final.interval
-        detail = (
-            f"{percent_text(bounds.low)} to {percent_text(bounds.high)}" if bounds else "no counts on record"
-        )
+        detail = " to ".join(percent_text(bound) for bound in bounds) if bounds else "no counts on record"
         start = f", {percent_text(before.accuracy)} before" if before else ""
         cards.append((f"Accuracy, step {final.step}", percent_text(final.accuracy), detail + start))
     elif before:

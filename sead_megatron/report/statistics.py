@@ -9,29 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from sead_megatron.evaluation.estimators import Interval, wilson
 from sead_megatron.objectives.opd import OpdObjective
 from sead_megatron.objectives.sead import SeadObjective
 from sead_megatron.report.loading import Run, SampledRollout
 
 Floats = npt.NDArray[np.float64]
-_Z95 = 1.959963984540054
-"""97.5 % quantile of the standard normal distribution."""
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A bound on either side."""
-
-    low: float
-    high: float
-
-
-def wilson(correct: int, total: int) -> Interval:
-    """95 % interval of a share by Wilson's score (1927): `correct` of `total` > 0 independent prompts."""
-    share, z2 = correct / total, _Z95**2
-    centre = (share + z2 / (2 * total)) / (1 + z2 / total)
-    half = _Z95 / (1 + z2 / total) * math.sqrt(share * (1 - share) / total + z2 / (4 * total**2))
-    return Interval(max(0.0, centre - half), min(1.0, centre + half))
 
 
 def newcombe(correct: int, total: int, reference_correct: int, reference_total: int) -> Interval:
@@ -40,10 +23,11 @@ def newcombe(correct: int, total: int, reference_correct: int, reference_total: 
     Newcombe's hybrid score (Statistics in Medicine 17, 1998, method 10), from both Wilson intervals.
     """
     first, second = correct / total, reference_correct / reference_total
-    own, other = wilson(correct, total), wilson(reference_correct, reference_total)
-    below = math.hypot(first - own.low, other.high - second)
-    above = math.hypot(own.high - first, second - other.low)
-    return Interval(first - second - below, first - second + above)
+    low, high = wilson(correct, total)
+    other_low, other_high = wilson(reference_correct, reference_total)
+    below = math.hypot(first - low, other_high - second)
+    above = math.hypot(high - first, second - other_low)
+    return first - second - below, first - second + above
 
 
 @dataclass(frozen=True)

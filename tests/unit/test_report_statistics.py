@@ -19,7 +19,6 @@ from sead_megatron.report.statistics import (
     newcombe,
     share_of_top_half,
     tokens_of,
-    wilson,
     zone_shares,
 )
 from tests.report_runs import rollout_record, write_run
@@ -38,20 +37,6 @@ def tokens(zones: str, forward_kl: list[float], **changes: list[float] | list[st
 
 
 @pytest.mark.parametrize(
-    ("correct", "total", "low", "high"),
-    [
-        (1, 10, 0.017876, 0.404150),  # (0.1 + z2/20 -+ z sqrt(0.009 + z2/400)) / (1 + z2/10), z = 1.959964
-        (0, 10, 0.0, 0.277533),
-        (10, 10, 0.722467, 1.0),
-        (81, 263, 0.2553, 0.3662),  # Newcombe 1998 (Statistics in Medicine 17:857), Table I, method 3
-    ],
-)
-def test_wilson(correct: int, total: int, low: float, high: float) -> None:
-    interval = wilson(correct, total)
-    assert (interval.low, interval.high) == pytest.approx((low, high), abs=5e-5)
-
-
-@pytest.mark.parametrize(
     ("counts", "low", "high"),
     [
         (
@@ -64,8 +49,7 @@ def test_wilson(correct: int, total: int, low: float, high: float) -> None:
     ],
 )
 def test_newcombe(counts: tuple[int, int, int, int], low: float, high: float) -> None:
-    interval = newcombe(*counts)
-    assert (interval.low, interval.high) == pytest.approx((low, high), abs=5e-5)
+    assert newcombe(*counts) == pytest.approx((low, high), abs=5e-5)
 
 
 def test_jaccard_of_the_top_fifth() -> None:
