@@ -1,5 +1,8 @@
-"""The W&B logger against a stand-in module: what it is asked for, and that a resume continues the run."""
+"""The W&B logger: what it asks of the package (a stand-in), and the files of the real one in offline mode."""
 
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -80,3 +83,35 @@ def test_missing_package_is_a_user_error(tmp_path: Path, monkeypatch: pytest.Mon
     assert str(caught.value) == (
         'metrics.wandb = "online": needs the package wandb; pip install wandb, or set it to off'
     )
+
+
+_OFFLINE = """
+import json, sys
+from pathlib import Path
+from sead_megatron.config import TrainConfig
+from sead_megatron.wandb_logger import WandbLogger
+
+if __name__ == "__main__":
+    raw, directory = json.loads(sys.argv[1]), Path(sys.argv[2])
+    logger = WandbLogger(TrainConfig.model_validate(raw), directory)
+    logger.log({"step": 1, "loss": 0.515625, "evaluation/accuracy": None})
+    logger.finish()
+"""
+
+
+def test_the_real_package_offline(tmp_path: Path) -> None:
+    """Two jobs of one run, without a network; what W&B would upload holds the records of both."""
+    raw = minimal(tmp_path) | {"metrics": {"wandb": "offline"}}
+    for _ in range(2):
+        ended = subprocess.run(
+            [sys.executable, "-c", _OFFLINE, json.dumps(raw), str(tmp_path)],
+            env=os.environ | {"WANDB_SILENT": "true"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert ended.returncode == 0, ended.stderr[-2000:]
+    run_id = (tmp_path / "wandb_run_id").read_text().strip()
+    files = list((tmp_path / "wandb").glob(f"offline-run-*-{run_id}/run-{run_id}.wandb"))
+    assert len(files) == 2
+    assert all(b"0.515625" in file.read_bytes() for file in files)
