@@ -59,6 +59,11 @@ _TABLE = [
     Metric(
         "kl/reverse", "nats", "KL(student || teacher), mean over the response tokens where it was evaluated"
     ),
+    Metric(
+        "topk/overlap", "share", "student's k likeliest tokens that are among the teacher's, mean over tokens"
+    ),
+    Metric("topk/student_mass", "share", "student's probability on the teacher's k likeliest tokens, mean"),
+    Metric("topk/teacher_mass", "share", "teacher's probability on the student's k likeliest tokens, mean"),
     Metric("rollout/length_mean", "tokens", "response length, mean over rollouts"),
     Metric("rollout/truncated", "share", "rollouts cut by max_new_tokens"),
     Metric("rollout/empty", "rollouts", "rollouts without a response token"),

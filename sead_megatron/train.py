@@ -141,7 +141,8 @@ class Trainer:
         """
         if not self.measures_everything():
             return table
-        columns = self.job.models.student.token_stats(plan, scores)
+        topk = max(self.job.objective.topk_lists, self.config.metrics.topk_lists)
+        columns = self.job.models.student.token_stats(plan, scores, topk)
         if not self.job.objective.uses_trainer_entropy:
             del columns["student_entropy"]
         for name in ("teacher_entropy", "teacher_logprob"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from sead_megatron.data.types import Coefficients, RolloutFacts, TokenTable
 from sead_megatron.objectives import OBJECTIVES, Objective, build_objective
+from sead_megatron.training.topk_columns import TOPK_COLUMNS
 
 VOCABULARY = 7
 # Two prompts with three rollouts each; one is empty, one has a single token.
@@ -52,12 +54,36 @@ class World:
             "rollout_logprob": self.sampled(q),
             "sampling_logprob": self.sampled((self.student / SAMPLING_TEMPERATURE).log_softmax(-1)),
             "reference_logprob": self.sampled(self.reference.log_softmax(-1)),
+            **self.list_columns(),
         }
         return TokenTable(
             offsets=self.offsets,
             rollouts=self.facts,
             **{name: column.float() for name, column in columns.items()},  # type: ignore[arg-type]
         )
+
+    def list_columns(self, k: int = 5) -> dict[str, Tensor]:
+        """What compares the k likeliest tokens of both models, token by token in plain loops, float64 [N]."""
+        q, p = self.student.softmax(-1).tolist(), self.teacher.softmax(-1).tolist()
+        columns: dict[str, list[float]] = {name: [] for name in TOPK_COLUMNS}
+        for student, teacher in zip(q, p, strict=True):
+            mine, theirs = (
+                sorted(range(VOCABULARY), key=lambda v: -row[v])[:k] for row in (student, teacher)
+            )
+            columns["topk_overlap"].append(len(set(mine) & set(theirs)) / k)
+            columns["topk_student_mass"].append(sum(student[v] for v in theirs))
+            columns["topk_teacher_mass"].append(sum(teacher[v] for v in mine))
+            advantages = sorted((math.log(teacher[v] / student[v]) for v in mine), reverse=True)
+            columns["topk_margin"].append(advantages[0] - advantages[1])
+            head, mass = [], 0.0
+            for v in theirs:
+                if mass < 0.5:
+                    head.append(v)
+                    mass += teacher[v]
+            gaps = [abs(a - b) for a, b in zip(student, teacher, strict=True)]
+            columns["gap_head"].append(sum(gaps[v] for v in head))
+            columns["gap_tail"].append(sum(gaps) - columns["gap_head"][-1])
+        return {name: torch.tensor(values, dtype=torch.float64) for name, values in columns.items()}
 
     def sampled(self, values: Tensor) -> Tensor:
         """Entries [N] of the sampled tokens."""

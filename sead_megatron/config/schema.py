@@ -250,6 +250,9 @@ class MetricsConfig(Section):
 
     full_stats_every: NonNegativeInt = 0
     """Measure every statistic of every token, zone A included, every so many steps; 0: never."""
+    topk_lists: Annotated[int, Field(ge=0, le=128)] = 0
+    """With the statistics of every token: compare the models' lists of the k likeliest tokens too (`topk/...`; at least
+    2); 0: not. Five more passes over an output layer."""
     rollout_samples: NonNegativeInt = 8
     """Rollouts written to `rollouts/step_N.jsonl` in each step."""
     logprob_diff_alarm: PositiveFloat = 0.05

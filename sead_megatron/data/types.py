@@ -152,7 +152,10 @@ class TokenTable:
     or None when it was not measured. Where ``teacher_entropy`` is that of a top-k, the exact one is larger by at
     most ``teacher_entropy_slack``. ``rollout_logprob`` is the engine's, ``student_logprob`` the trainer's, of
     the sampled token; ``sampling_logprob`` is the engine's at the sampling temperature, ``reference_logprob`` that of
-    a frozen third model. ``rollouts`` tells what is known of whole rollouts. KL directions: ``forward_kl`` =
+    a frozen third model. ``topk_*`` compare the models' k likeliest tokens: share of common ones, the student's mass on
+    the teacher's, the teacher's on the student's, and by how much the teacher tells the student's apart (nats);
+    ``gap_head`` and ``gap_tail`` are ``sum_v |p_v - q_v|`` over the tokens that hold half of the teacher's probability
+    and over the others. ``rollouts`` tells what is known of whole rollouts. KL directions: ``forward_kl`` =
     KL(teacher || student), ``reverse_kl`` = KL(student || teacher).
 
     Raises ValueError for a wrong dtype, shape or device, or for a column that requires grad.
@@ -169,6 +172,12 @@ class TokenTable:
     rollout_logprob: Tensor | None = None
     sampling_logprob: Tensor | None = None
     reference_logprob: Tensor | None = None
+    topk_overlap: Tensor | None = None
+    topk_student_mass: Tensor | None = None
+    topk_teacher_mass: Tensor | None = None
+    topk_margin: Tensor | None = None
+    gap_head: Tensor | None = None
+    gap_tail: Tensor | None = None
     rollouts: RolloutFacts | None = None
 
     def __post_init__(self) -> None:

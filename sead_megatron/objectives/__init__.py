@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Union
 
 from pydantic import Field
 
+from sead_megatron.objectives.akl import Akl, AklObjective
 from sead_megatron.objectives.base import Objective, ObjectiveSection
 from sead_megatron.objectives.dasd import Dasd, DasdObjective
 from sead_megatron.objectives.decoupled import Decoupled, DecoupledObjective
@@ -22,6 +23,7 @@ from sead_megatron.objectives.reopold import Reopold, ReopoldObjective
 from sead_megatron.objectives.scope import Scope, ScopeObjective
 from sead_megatron.objectives.sead import Sead, SeadObjective
 from sead_megatron.objectives.sekd import Sekd, SekdObjective
+from sead_megatron.objectives.teachable import Teachable, TeachableObjective
 from sead_megatron.objectives.tip import Tip, TipObjective
 from sead_megatron.objectives.topk_opd import TopkOpd, TopkOpdObjective
 from sead_megatron.objectives.vopd import Vopd, VopdObjective
@@ -30,6 +32,7 @@ from sead_megatron.objectives.vopd import Vopd, VopdObjective
 OBJECTIVES: dict[str, tuple[type[ObjectiveSection], type[Objective[Any]]]] = {
     "sead": (SeadObjective, Sead),
     "opd": (OpdObjective, Opd),
+    "akl": (AklObjective, Akl),
     "dasd": (DasdObjective, Dasd),
     "decoupled": (DecoupledObjective, Decoupled),
     "drkl": (DrklObjective, Drkl),
@@ -44,6 +47,7 @@ OBJECTIVES: dict[str, tuple[type[ObjectiveSection], type[Objective[Any]]]] = {
     "scope": (ScopeObjective, Scope),
     "sekd": (SekdObjective, Sekd),
     "topk_opd": (TopkOpdObjective, TopkOpd),
+    "teachable": (TeachableObjective, Teachable),
     "tip": (TipObjective, Tip),
     "vopd": (VopdObjective, Vopd),
 }

@@ -110,6 +110,11 @@ class Objective(ABC, Generic[Settings]):
         """How ``teacher_entropy`` is measured: over the k likeliest tokens and a tail bucket; 0 is exact."""
         return 0
 
+    @property
+    def topk_lists(self) -> int:
+        """The k of the columns ``topk_*`` and ``gap_*``, which come with the statistics of every token; 0 for none."""
+        return 0
+
     def needs_token_stats(self, step: int) -> bool:
         """Whether this step's coefficients need the trainer's statistics (entropies, KLs) of *every* token.
 
@@ -180,6 +185,9 @@ def token_metrics(table: TokenTable, active: int) -> dict[str, float]:
         "entropy/teacher_slack": table.teacher_entropy_slack,
         "kl/forward": table.forward_kl,
         "kl/reverse": table.reverse_kl,
+        "topk/overlap": table.topk_overlap,
+        "topk/student_mass": table.topk_student_mass,
+        "topk/teacher_mass": table.topk_teacher_mass,
     }
     if table.num_tokens:
         metrics |= {

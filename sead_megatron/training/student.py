@@ -22,6 +22,7 @@ from sead_megatron.training.step_plan import StepPlan
 from sead_megatron.training.teacher import TeacherScores
 from sead_megatron.training.token_columns import share_columns
 from sead_megatron.training.token_loss import MEASURED, LossContext, measured_by, token_loss
+from sead_megatron.training.topk_columns import TOPK_COLUMNS, topk_columns
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,8 +73,15 @@ class Student:
         """True on ranks of the last stage: they hold both output layers and compute the loss."""
         return self.model.groups.is_last_stage
 
-    def token_stats(self, plan: StepPlan, scores: TeacherScores | None) -> dict[str, Tensor]:
-        """Every statistic of every response token by a forward-only pass; float32 [N], equal on all ranks."""
+    def token_stats(self, plan: StepPlan, scores: TeacherScores | None, topk: int = 0) -> dict[str, Tensor]:
+        """Every statistic of every response token by a forward-only pass; float32 [N], equal on all ranks.
+
+        `topk`: compare lists of that many likeliest tokens as well; 0 for none.
+        """
+        names = (*MEASURED, *TOPK_COLUMNS) if topk else MEASURED
+        context = LossContext(
+            self.shard, self.model.groups.collection.tp, self.temperature, self.tile_options
+        )
 
         def measure(hidden: Tensor, row: PackedRow) -> tuple[Tensor, dict[str, Tensor]]:
             teacher_hidden, teacher_output = self._teacher_of(scores, row)
@@ -87,7 +95,12 @@ class Student:
                 temperature=self.temperature,
                 options=self.tile_options,
             )
-            return row.token_index, _named(finalize(merge_tp(state, self.model.groups.collection.tp)))
+            stats = finalize(merge_tp(state, self.model.groups.collection.tp))
+            columns = {name: getattr(stats, name) for name in MEASURED}
+            if topk:
+                pair = (hidden, self.model.module.output_weight().detach(), teacher_hidden, teacher_output)
+                columns |= topk_columns(*pair, stats, topk, context)
+            return row.token_index, columns
 
         def forward_step(rows: Iterator[PackedRow], model: Any) -> tuple[Tensor, Any]:
             row = next(rows)
@@ -105,7 +118,7 @@ class Student:
             outputs = run_rows(
                 self.model.module, self.model.groups, self._rows(plan), forward_step, train=False
             )
-        return self._share(plan, outputs, MEASURED)
+        return self._share(plan, outputs, names)
 
     def train_step(self, plan: StepPlan, scores: TeacherScores | None, coefficients: Coefficients) -> Update:
         """Forward, loss and backward of all microbatches, gradient reduction and optimizer step (a collective)."""
@@ -174,10 +187,6 @@ class Student:
                 total += value.double()
         dist.all_reduce(total)
         return total
-
-
-def _named(stats: Any) -> dict[str, Tensor]:
-    return {name: getattr(stats, name) for name in MEASURED}
 
 
 def _finalize_without_averaging(

@@ -118,9 +118,9 @@ def _target(
     tokens = (weights[:, [Term.FORWARD_KL, Term.REVERSE_KL]] != 0).any(-1).nonzero()[:, 0]
     student_ids = None
     if divergence.support != "teacher":
-        student = _statistics(hidden[tokens], weight, divergence.k, None, context)
+        student = one_model_statistics(hidden[tokens], weight, divergence.k, None, context)
         student_ids = student.topk_ids
-    teacher = _statistics(teacher_hidden[tokens], teacher_weight, divergence.k, student_ids, context)
+    teacher = one_model_statistics(teacher_hidden[tokens], teacher_weight, divergence.k, student_ids, context)
     found = TopKTarget.of(teacher, divergence.support, student_ids)
     width = found.ids.shape[1]
     ids = torch.full((len(weights), width), NO_ID, dtype=torch.int64, device=hidden.device)
@@ -130,9 +130,10 @@ def _target(
     return TopKTarget(ids, logprobs, tail_mass)
 
 
-def _statistics(
+def one_model_statistics(
     hidden: Tensor, weight: Tensor, topk: int, gather_ids: Tensor | None, context: LossContext
 ) -> EntropyStats:
+    """Top-k list and gathered log-probabilities of one model, over the whole vocabulary, equal on all TP ranks."""
     unused = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
     state = linear_entropy(
         hidden,

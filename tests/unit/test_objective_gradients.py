@@ -302,6 +302,24 @@ def topk_opd(world: World) -> Loss:
     return lambda z: -(advantage * z.log_softmax(-1).gather(-1, ids)).sum(-1).mean()
 
 
+def akl(world: World) -> Loss:
+    """The head: the likeliest tokens of the teacher until they hold half of its probability."""
+    q, p = world.student.softmax(-1), world.teacher.softmax(-1)
+    weights = []
+    for t in range(world.num_tokens):
+        head, mass = [], 0.0
+        for v in sorted(range(p.shape[1]), key=lambda v: -float(p[t, v])):
+            if mass < 0.5:
+                head.append(v)
+                mass += float(p[t, v])
+        gaps = (p[t] - q[t]).abs()
+        weights.append(float(gaps[head].sum() / gaps.sum()))
+    forward = torch.tensor(weights, dtype=torch.float64)
+    return lambda z: (
+        forward * forward_kl(z, world.teacher) + (1 - forward) * reverse_kl(z, world.teacher)
+    ).mean()
+
+
 # name, settings, step of four, published loss
 CASES: dict[str, tuple[str, dict[str, Any], int, Callable[[World], Loss]]] = {
     "opd": ("opd", {}, 0, opd_full),
@@ -328,6 +346,7 @@ CASES: dict[str, tuple[str, dict[str, Any], int, Callable[[World], Loss]]] = {
     "paced, then": ("paced", {}, 2, paced(reverse_kl)),
     "drkl": ("drkl", {}, 0, drkl),
     "decoupled": ("decoupled", {"mu": 0.3}, 0, decoupled),
+    "akl": ("akl", {"topk": 3}, 0, akl),
     "gkd": ("gkd", {"share": 0.3}, 0, gkd(0.3)),
     "gkd, skew": ("gkd", {"divergence": "skew_reverse", "share": 0.1}, 0, gkd_skew),
     "opsd": ("opsd", {}, 0, opsd),

@@ -18,6 +18,7 @@ from sead_megatron.objectives.opsd import Opsd
 from sead_megatron.objectives.reopold import Reopold
 from sead_megatron.objectives.scope import softmax_weights
 from sead_megatron.objectives.selection import kept_count, lookahead_min, rescaled, top_share
+from sead_megatron.objectives.teachable import Teachable, downward_change
 from tests.objective_world import loss_gradient, make_objective, make_world
 
 NAMES = sorted(OBJECTIVES)
@@ -47,6 +48,8 @@ def test_it_reads_no_column_that_it_does_not_ask_for(name: str) -> None:
     given = {"student_entropy", "rollout_logprob", "sampling_logprob"}
     if objective.needs_token_stats(0):
         given |= {"forward_kl", "reverse_kl", "student_logprob", "teacher_logprob", "teacher_entropy"}
+    if objective.topk_lists:
+        given |= {"gap_head", "gap_tail", "topk_margin"}
     if objective.needs_teacher_entropy:
         given.add("teacher_entropy")
     if objective.needs_teacher_logprob:
@@ -108,6 +111,26 @@ def test_eopd_without_a_gate_is_sampled_opd() -> None:
     opd = make_objective("opd", form="sampled").coefficients(world.table(), 0)
     assert torch.equal(eopd.weights, opd.weights) and eopd.normalizer == opd.normalizer
     torch.testing.assert_close(loss_gradient(world, eopd), loss_gradient(world, opd), rtol=1e-12, atol=1e-15)
+
+
+def test_a_change_point_needs_a_fall_that_pays_for_itself() -> None:
+    assert downward_change([2.0, 2.1, 1.9, 2.0, 0.5, 0.4, 0.6]) == 4
+    assert downward_change([0.5, 0.4, 0.6, 2.0, 2.1, 1.9]) is None  # upward
+    assert downward_change([1.0, 1.1, 0.9, 1.05, 0.95]) is None  # noise: 5 log(SSE_0 / SSE_c) <= 2 log 5
+    assert downward_change([1.0, 1.0]) is None and downward_change([1.0]) is None
+    assert downward_change([2.0, 2.0, 1.0]) == 2  # without any noise
+
+
+def test_a_rollout_is_released_up_to_its_change_point() -> None:
+    objective = make_objective("teachable", segment_tokens=2)
+    assert isinstance(objective, Teachable)
+    margin = torch.tensor([2.0, 2.0, 2.1, 1.9, 2.0, 2.2, 0.1, 0.3, 0.2, 0.0, 0.1], dtype=torch.float64)
+    assert objective.released_tokens(margin) == 6
+    assert objective.released_tokens(margin[:3]) == 3
+    table = TokenTable(offsets=torch.tensor([0, 11, 14]), topk_margin=torch.cat([margin, margin[:3]]).float())
+    coefficients = objective.coefficients(table, 0)
+    assert coefficients.weights[:, Term.REVERSE_KL].nonzero()[:, 0].tolist() == [0, 1, 2, 3, 4, 5, 11, 12, 13]
+    assert coefficients.normalizer == 9.0
 
 
 def test_reopolds_floor() -> None:

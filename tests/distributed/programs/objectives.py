@@ -75,7 +75,7 @@ def run_layout(layout: dict[str, Any], names: list[str]) -> dict[str, dict[str, 
         table = with_teacher_columns(models, objective, plan, scores, table)
         table = with_reference_column(models, plan, table)
         if objective.needs_token_stats(0):
-            columns = models.student.token_stats(plan, scores)
+            columns = models.student.token_stats(plan, scores, objective.topk_lists)
             table = table.with_columns(**columns)
         coefficients = objective.coefficients(table, 0)
         update = models.student.train_step(plan, scores, coefficients)
