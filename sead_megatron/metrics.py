@@ -70,6 +70,18 @@ _TABLE = [
     Metric(
         "rollout/pass_rate", "share", "rollouts with the right final answer, among those with a gold answer"
     ),
+    Metric(
+        "grader/timeouts",
+        "answers",
+        "answers since the last record, evaluations included, whose grading hit a limit of time; they count as wrong",
+        deterministic=False,
+    ),
+    Metric(
+        "grader/crashes",
+        "answers",
+        "answers since the last record at which a grading process died otherwise; they count as wrong",
+        deterministic=False,
+    ),
     Metric("rollout/logprob_diff_mean", "nats", "|engine - trainer| logprob of sampled tokens, mean"),
     Metric("rollout/logprob_diff_max", "nats", "|engine - trainer| logprob of sampled tokens, maximum"),
     Metric("advantage/mean", "nats", "advantage of the sampled tokens, mean over response tokens"),

@@ -56,10 +56,10 @@ def preflight(config: TrainConfig, local_world_size: int = 1, world_size: int | 
     )
     _check_run(config)
     check_disk(config, student)
-    _check_weights(config.student.path, student)
-    _check_weights(config.teacher.path, teacher)
+    check_weights(config.student.path, student)
+    check_weights(config.teacher.path, teacher)
     if config.reference is not None and reference is not None:
-        _check_weights(config.reference.path, reference)
+        check_weights(config.reference.path, reference)
     _check_prompts(config, min(student.vocab_size, teacher.vocab_size))
 
 
@@ -102,7 +102,8 @@ def _check_run(config: TrainConfig) -> None:
         check_checkpoint(checkpoint_path(run.checkpoints_path, steps[-1]))
 
 
-def _check_weights(directory: str, config: HFConfig) -> None:
+def check_weights(directory: str, config: HFConfig) -> None:
+    """UserError unless a directory holds all weights of the model, and nothing else of a model."""
     if is_distributed(directory):
         check_converted(directory)
         find_parameters(directory, config, read_metadata(directory))

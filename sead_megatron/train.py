@@ -17,6 +17,7 @@ from rich.console import Console
 from sead_megatron import metrics as metric_table
 from sead_megatron.config import TrainConfig
 from sead_megatron.data.types import Coefficients, Rollout, RolloutFacts, TokenTable
+from sead_megatron.evaluation.grader import Grader
 from sead_megatron.evaluation.greedy import evaluate_greedy, pass_flags
 from sead_megatron.evaluation.responses import evaluate_benchmarks
 from sead_megatron.progress import Progress
@@ -41,9 +42,10 @@ log = logging.getLogger(__name__)
 class Trainer:
     """A run on this rank: the job's parts and the few numbers that change from step to step."""
 
-    def __init__(self, job: Job, run: RunDirectory, progress: Progress) -> None:
+    def __init__(self, job: Job, run: RunDirectory, progress: Progress, grader: Grader) -> None:
         self.job = job
         self.run = run
+        self.grader = grader
         self.progress = progress
         self.config = job.config
         self.step = 0
@@ -109,7 +111,7 @@ class Trainer:
         seeds = [request_seed(self.config.seed, self.step, i) for i in range(len(indices))]
         prompts = [job.prompts[i] for i in indices]
         generations = generate_everywhere(job.engine, [p.token_ids for p in prompts], seeds, sampling)
-        passed = pass_flags(prompts, generations, job.tokenizer)
+        passed = pass_flags(prompts, generations, job.tokenizer, self.grader)
         job.engine.sleep()
         rollouts = [
             as_rollout(i, prompt.token_ids, generation, job.engine.weight_version, prompt.teacher_token_ids)
@@ -194,6 +196,7 @@ class Trainer:
             | step_metrics.active_kl(update)
             | coefficients.metrics
             | step_metrics.rollout_metrics(rollouts, passed)
+            | step_metrics.grader_counts(self.grader, job.device)
             | differences
             | job.curriculum.metrics
         )
@@ -214,10 +217,10 @@ class Trainer:
             max_new_tokens = self.config.evaluation_max_new_tokens
             if job.eval_prompts:
                 record |= evaluate_greedy(
-                    job.engine, job.eval_prompts, job.tokenizer, max_new_tokens, self.step
+                    job.engine, job.eval_prompts, job.tokenizer, self.grader, max_new_tokens, self.step
                 )
             if job.benchmarks:
-                record["benchmarks"] = evaluate_benchmarks(job.sampler(), job.benchmarks)
+                record["benchmarks"] = evaluate_benchmarks(job.sampler(self.grader), job.benchmarks)
         if self._is_head:
             self.run.append_evaluation(record)
         return record
@@ -308,9 +311,10 @@ def main(config: TrainConfig) -> None:
     steps = checkpoint_steps(run.checkpoints_path)
     done = steps[-1] if steps else 0
     if done < config.steps:
-        with Progress(config.steps, enabled=head, done=done) as progress:
+        # The grader's worker starts first, while this process holds nothing yet.
+        with Grader() as grader, Progress(config.steps, enabled=head, done=done) as progress:
             job = build_job(config, progress.status)
-            Trainer(job, run, progress).train()
+            Trainer(job, run, progress, grader).train()
         job.engine.close()
         dist.barrier()
         dist.destroy_process_group()

@@ -136,7 +136,7 @@ def _check_curriculum(config: TrainConfig) -> None:
             "curriculum.difficulty",
             None,
             f"required with curriculum.name {curriculum.name}",
-            "estimate difficulties, or use name: uniform",
+            "run tools/estimate_difficulty.py, or use name: uniform",
         )
     final = curriculum.c0 * 2**curriculum.power
     if curriculum.name == "competence" and final < 1:

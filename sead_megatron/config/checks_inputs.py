@@ -58,7 +58,7 @@ def _check_prompts(config: TrainConfig) -> int:
             f"use at most {len(prompts)}",
         )
     if config.curriculum.difficulty is not None:
-        read_difficulties(config.curriculum.difficulty, [prompt.id for prompt in prompts])
+        read_difficulties(config.curriculum.difficulty, prompts)
     if config.evaluation.prompts is not None:
         held_out = read_prompts(config.evaluation.prompts, "evaluation.prompts")
         unanswered = [prompt.id for prompt in held_out if prompt.answer is None]

@@ -175,7 +175,7 @@ class CurriculumConfig(Section):
     the appendix describes what was run."""
     difficulty: Name | None = Field(default=None, examples=["data/difficulty.jsonl"])
     """JSONL of `id` and `difficulty` (1 - pass rate of the initial student); required unless `name:
-    uniform`."""
+    uniform`. `tools/estimate_difficulty.py` writes it."""
     sigma: NonNegativeFloat = 0.02
     """Standard deviation of the sort's noise (Appendix B.2); with 8 rollouts a prompt it only breaks ties."""
     c0: Annotated[float, Field(gt=0, le=1)] = 0.5

@@ -4,8 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sead_megatron.data.prompts import entry_id, read_jsonl
+from sead_megatron.data.prompts import AnyPrompt, entry_id, prompt_set_hash, read_jsonl
 from sead_megatron.errors import UserError
+
+PROMPT_SET = "prompts_sha256"
+"""Key of the provenance that holds the hash of the prompts (`prompt_set_hash`)."""
 
 
 @dataclass(frozen=True)
@@ -18,12 +21,13 @@ class Difficulties:
 
 
 def read_difficulties(
-    path: str | Path, prompt_ids: Sequence[str], what: str = "curriculum.difficulty"
+    path: str | Path, prompts: Sequence[AnyPrompt], what: str = "curriculum.difficulty"
 ) -> Difficulties:
     """Read JSONL of `{"id", "difficulty"}`; the first line may be `{"provenance": {...}}` instead.
 
-    Ids beyond `prompt_ids` are allowed. Raises UserError: no file, a malformed line, a difficulty outside [0,
-    1], an id twice, a prompt without a difficulty.
+    Ids beyond those of `prompts` are allowed, unless the provenance says for which prompts it was estimated. Raises
+    UserError: no file, a malformed line, a difficulty outside [0, 1], an id twice, a prompt without a difficulty,
+    other prompts than those of the provenance.
     """
     values: dict[str, float] = {}
     provenance: dict[str, object] | None = None
@@ -34,6 +38,13 @@ def read_difficulties(
             told = entry["provenance"]
             if not isinstance(told, dict):
                 raise UserError(f"{where}: provenance", told, "must be a JSON object", "correct it")
+            if PROMPT_SET in told and told[PROMPT_SET] != prompt_set_hash(prompts):
+                raise UserError(
+                    what,
+                    str(path),
+                    f"was estimated for other prompts ({PROMPT_SET} of its first line is not that of the prompt file)",
+                    "estimate again, or remove the first line to use it all the same",
+                )
             provenance, first = told, False
             continue
         first = False
@@ -45,12 +56,12 @@ def read_difficulties(
         if prompt_id in values:
             raise UserError(f"{where}: id", prompt_id, "already has a difficulty", "make ids unique")
         values[prompt_id] = float(value)
-    missed = [prompt_id for prompt_id in prompt_ids if prompt_id not in values]
+    missed = [prompt.id for prompt in prompts if prompt.id not in values]
     if missed:
         raise UserError(
             what,
             str(path),
-            f"has no difficulty for {len(missed)} of {len(prompt_ids)} prompts: {', '.join(missed[:3])}"
+            f"has no difficulty for {len(missed)} of {len(prompts)} prompts: {', '.join(missed[:3])}"
             + (", ..." if len(missed) > 3 else ""),
             "estimate the difficulty of the same prompt file",
         )

@@ -1,10 +1,12 @@
 """Reads prompt files. Torch-free: prompts are checked before any model is loaded, and tokenised much
 later."""
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from sead_megatron.errors import UserError, alternatives
 
@@ -20,6 +22,27 @@ class PromptRecord:
     answer: str | None
     domain: str | None
     solution: str | None = None
+
+
+class AnyPrompt(Protocol):
+    """What `PromptRecord` and `data.types.Prompt` have in common."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def messages(self) -> list[dict[str, str]]: ...
+
+    @property
+    def answer(self) -> str | None: ...
+
+
+def prompt_set_hash(prompts: Sequence[AnyPrompt]) -> str:
+    """SHA-256 of ids, messages and answers; the order of the prompts does not matter."""
+    lines = sorted(
+        json.dumps([prompt.id, prompt.messages, prompt.answer], sort_keys=True) for prompt in prompts
+    )
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def read_prompts(path: str | Path, what: str = "data.prompts") -> list[PromptRecord]:

@@ -4,18 +4,19 @@ rank 0 writes."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch.distributed as dist
 from rich.console import Console
 from rich.text import Text
 
 from sead_megatron.evaluation.benchmarks import Benchmark
-from sead_megatron.evaluation.checks import Evaluation, encode
+from sead_megatron.evaluation.checks import Encoded, Evaluation, encode
 from sead_megatron.evaluation.graded import Graded
+from sead_megatron.evaluation.grader import Grader
 from sead_megatron.evaluation.responses import Sampler, respond
 from sead_megatron.evaluation.tables import show, write_results
-from sead_megatron.models.tokenizer import load_tokenizer
+from sead_megatron.models.tokenizer import Tokenizer, load_tokenizer
 from sead_megatron.progress import duration
 from sead_megatron.rollout.checkpoint_weights import CheckpointWeights
 from sead_megatron.rollout.engine import RolloutEngine, Sampling
@@ -47,24 +48,45 @@ def main(evaluation: Evaluation) -> None:
             console.print(Text(text), soft_wrap=True)
 
     if any(done[b.name] < len(b.problems) for b in evaluation.benchmarks):
-        engine = _engine(evaluation, encoded.max_model_len, report)
-        sampling = Sampling(
-            settings.temperature, settings.max_new_tokens, tuple(tokenizer.eos_ids), settings.top_p
-        )
-        sampler = Sampler(engine, tokenizer, settings.samples, sampling, settings.seed, settings.save_text)
-        for benchmark in evaluation.benchmarks:
-            clock = _Clock(benchmark, done[benchmark.name])
-            prompts = encoded.prompts[benchmark.name]
-            for start in range(done[benchmark.name], len(prompts), batch):
-                records = respond(sampler, benchmark.name, prompts[start : start + batch])
-                if head:
-                    output.append(benchmark.name, records)
-                report(clock.line(records))
-        engine.close()
+        with Grader() as grader:
+            _answer(evaluation, encoded, tokenizer, grader, done, batch, report)
+            timeouts, crashes = grader.take_counts()
+        if timeouts or crashes:
+            console.print(
+                f"rank {dist.get_rank()}: {timeouts + crashes} answers could not be graded and are wrong"
+            )
     if head:
         show(write_results(output))
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _answer(
+    evaluation: Evaluation,
+    encoded: Encoded,
+    tokenizer: Tokenizer,
+    grader: Grader,
+    done: Mapping[str, int],
+    batch: int,
+    report: Callable[[str], None],
+) -> None:
+    """Responses to every problem that is left, appended batch by batch."""
+    settings, output = evaluation.settings, evaluation.output
+    engine = _engine(evaluation, encoded.max_model_len, report)
+    stop = tuple(tokenizer.eos_ids)
+    sampling = Sampling(settings.temperature, settings.max_new_tokens, stop, settings.top_p)
+    sampler = Sampler(
+        engine, tokenizer, grader, settings.samples, sampling, settings.seed, settings.save_text
+    )
+    for benchmark in evaluation.benchmarks:
+        clock = _Clock(benchmark, done[benchmark.name])
+        prompts = encoded.prompts[benchmark.name]
+        for start in range(done[benchmark.name], len(prompts), batch):
+            records = respond(sampler, benchmark.name, prompts[start : start + batch])
+            if dist.get_rank() == 0:
+                output.append(benchmark.name, records)
+            report(clock.line(records))
+    engine.close()
 
 
 def _engine(evaluation: Evaluation, max_model_len: int, report: Callable[[str], None]) -> RolloutEngine:

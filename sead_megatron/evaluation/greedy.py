@@ -8,25 +8,27 @@ from typing import Any
 import torch.distributed as dist
 
 from sead_megatron.data.types import Prompt
-from sead_megatron.evaluation.grading import grade
+from sead_megatron.evaluation.grader import Grader
 from sead_megatron.models.tokenizer import Tokenizer
 from sead_megatron.rollout.collect import generate_everywhere
 from sead_megatron.rollout.engine import Generation, RolloutEngine, Sampling
 
 
 def pass_flags(
-    prompts: Sequence[Prompt], generations: Sequence[Generation], tokenizer: Tokenizer
+    prompts: Sequence[Prompt], generations: Sequence[Generation], tokenizer: Tokenizer, grader: Grader
 ) -> list[bool | None]:
     """Whether each response has the right final answer (None without a gold answer), on every rank.
 
     A collective over the world: grading is dealt out over the ranks.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
-    mine: dict[int, bool | None] = {}
-    for i in range(rank, len(prompts), world):
-        answer = prompts[i].answer
-        text = tokenizer.decode(generations[i].token_ids.tolist())
-        mine[i] = None if answer is None else grade(text, answer)
+    mine: dict[int, bool | None] = dict.fromkeys(range(rank, len(prompts), world))
+    pairs = {
+        i: (tokenizer.decode(generations[i].token_ids.tolist()), answer)
+        for i in mine
+        if (answer := prompts[i].answer) is not None
+    }
+    mine.update(zip(pairs, grader.grade_many(list(pairs.values())), strict=True))
     gathered: list[dict[int, bool | None]] = [{} for _ in range(world)]
     dist.all_gather_object(gathered, mine)
     flags = {i: flag for part in gathered for i, flag in part.items()}
@@ -34,14 +36,19 @@ def pass_flags(
 
 
 def evaluate_greedy(
-    engine: RolloutEngine, prompts: Sequence[Prompt], tokenizer: Tokenizer, max_new_tokens: int, step: int
+    engine: RolloutEngine,
+    prompts: Sequence[Prompt],
+    tokenizer: Tokenizer,
+    grader: Grader,
+    max_new_tokens: int,
+    step: int,
 ) -> dict[str, Any]:
     """One record of `evaluations.jsonl` (a collective over the world; needs at least one prompt)."""
     sampling = Sampling(0.0, max_new_tokens, tuple(tokenizer.eos_ids))
     generations = generate_everywhere(
         engine, [prompt.token_ids for prompt in prompts], [0] * len(prompts), sampling
     )
-    flags = pass_flags(prompts, generations, tokenizer)
+    flags = pass_flags(prompts, generations, tokenizer, grader)
     correct = sum(bool(flag) for flag in flags)
     return {
         "step": step,

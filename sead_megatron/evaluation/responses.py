@@ -9,6 +9,7 @@ from typing import Any
 
 from sead_megatron.data.types import Prompt
 from sead_megatron.evaluation.graded import Graded, summary
+from sead_megatron.evaluation.grader import Grader
 from sead_megatron.evaluation.greedy import pass_flags
 from sead_megatron.models.tokenizer import Tokenizer
 from sead_megatron.rollout.collect import generate_everywhere, request_seed
@@ -21,6 +22,7 @@ class Sampler:
 
     engine: RolloutEngine
     tokenizer: Tokenizer
+    grader: Grader
     samples: int
     sampling: Sampling
     seed: int
@@ -39,7 +41,7 @@ def respond(sampler: Sampler, benchmark: str, prompts: Sequence[Prompt]) -> list
     ]
     ids = [prompt.token_ids for prompt in requests]
     generations = generate_everywhere(sampler.engine, ids, seeds, sampler.sampling)
-    flags = pass_flags(requests, generations, sampler.tokenizer)
+    flags = pass_flags(requests, generations, sampler.tokenizer, sampler.grader)
     return [
         _graded(sampler, prompt, generations[i * n : i * n + n], flags[i * n : i * n + n])
         for i, prompt in enumerate(prompts)

@@ -19,6 +19,7 @@ from sead_megatron.data.difficulty import read_difficulties
 from sead_megatron.data.tokenised import benchmark_prompts, evaluation_prompts, training_prompts
 from sead_megatron.data.types import Prompt
 from sead_megatron.errors import UserError
+from sead_megatron.evaluation.grader import Grader
 from sead_megatron.evaluation.responses import Sampler
 from sead_megatron.models.export import HFStream
 from sead_megatron.models.tokenizer import Tokenizer, load_tokenizer
@@ -63,22 +64,15 @@ class Job:
 
     def sampling(self, longest: int | None) -> Sampling:
         """How training rollouts are sampled; `longest`: a limit of the responses, by default the configuration's."""
-        rollout = self.config.rollout
-        return Sampling(
-            rollout.temperature,
-            longest or rollout.max_new_tokens,
-            tuple(self.tokenizer.eos_ids),
-            rollout.top_p,
-            rollout.top_k,
-        )
+        return rollout_sampling(self.config, self.tokenizer, longest)
 
-    def sampler(self) -> Sampler:
+    def sampler(self, grader: Grader) -> Sampler:
         """How the benchmarks of an evaluation are answered."""
         config = self.config
         sampling = Sampling(
             config.evaluation.temperature, config.evaluation_max_new_tokens, tuple(self.tokenizer.eos_ids)
         )
-        return Sampler(self.engine, self.tokenizer, config.evaluation.samples, sampling, config.seed)
+        return Sampler(self.engine, self.tokenizer, grader, config.evaluation.samples, sampling, config.seed)
 
     def sync_weights(self, version: int) -> None:
         """Gives the engine the student's weights (a collective over the world)."""
@@ -141,6 +135,15 @@ def build_engine(config: TrainConfig) -> RolloutEngine:
     )
 
 
+def rollout_sampling(config: TrainConfig, tokenizer: Tokenizer, longest: int | None = None) -> Sampling:
+    """How the configuration samples rollouts; `longest`: a limit of the responses, by default the configuration's."""
+    rollout = config.rollout
+    stop = tuple(tokenizer.eos_ids)
+    return Sampling(
+        rollout.temperature, longest or rollout.max_new_tokens, stop, rollout.top_p, rollout.top_k
+    )
+
+
 def build_job(config: TrainConfig, report: Callable[[str], None]) -> Job:
     """Builds everything, cheap and fallible things first. `report` says what is going on."""
     tokenizer = load_tokenizer(config.tokenizer_path)
@@ -149,7 +152,7 @@ def build_job(config: TrainConfig, report: Callable[[str], None]) -> Job:
     benchmarks = benchmark_prompts(config, tokenizer)
     difficulties = None
     if config.curriculum.difficulty is not None:
-        by_id = read_difficulties(config.curriculum.difficulty, [prompt.id for prompt in prompts]).values
+        by_id = read_difficulties(config.curriculum.difficulty, prompts).values
         difficulties = [by_id[prompt.id] for prompt in prompts]
     curriculum = build_curriculum(
         config.curriculum, difficulties, len(prompts), config.steps, config.data.prompts_per_step, config.seed

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sead_megatron.data.types import Coefficients, Prompt, Rollout, TokenTable
+from sead_megatron.evaluation.grader import Grader
 from sead_megatron.models.tokenizer import Tokenizer
 from sead_megatron.training.student import Update
 
@@ -73,6 +74,14 @@ def peak_memory_bytes(device: torch.device) -> int:
     value = torch.tensor(peak, dtype=torch.int64, device=device)
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return int(value)
+
+
+def grader_counts(grader: Grader, device: torch.device) -> dict[str, float]:
+    """Answers that the graders of all ranks gave up since the last record (a collective over the world)."""
+    counts = torch.tensor(grader.take_counts(), dtype=torch.int64, device=device)
+    dist.all_reduce(counts)
+    timeouts, crashes = counts.tolist()
+    return {"grader/timeouts": float(timeouts), "grader/crashes": float(crashes)}
 
 
 def rollout_records(

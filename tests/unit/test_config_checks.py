@@ -90,10 +90,10 @@ def test_what_passes(good: Path) -> None:
          "too; "
          "shorten it"),
         (1, ["curriculum.difficulty="],
-         "curriculum.difficulty: required with curriculum.name sorted_noise; estimate difficulties, or "
+         "curriculum.difficulty: required with curriculum.name sorted_noise; run tools/estimate_difficulty.py, or "
          "use name: uniform"),
         (1, ["curriculum.difficulty=", "curriculum.name=competence"],
-         "curriculum.difficulty: required with curriculum.name competence; estimate difficulties, or use "
+         "curriculum.difficulty: required with curriculum.name competence; run tools/estimate_difficulty.py, or use "
          "name: uniform"),
         (1, ["curriculum.name=competence", "curriculum.c0=0.2"],
          "curriculum.c0 = 0.2: times 2^power must reach 1 (it is 0.4), or the hardest prompts are never "

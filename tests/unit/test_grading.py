@@ -1,9 +1,7 @@
-"""Answers that are right, answers that are wrong, and text that must never break a run."""
-
-import threading
-import time
+"""Answers that are right, and answers that are wrong."""
 
 import pytest
+import sympy.core.random
 
 from sead_megatron.evaluation.grading import MAX_ANSWER_CHARACTERS, boxed_answers, grade
 
@@ -27,6 +25,25 @@ RIGHT = [
     ("The total is 13.", "13"),
     ("2 + 2 = 4", "4"),
     (r"so $x = \frac{3}{4}$.", r"\boxed{\frac{3}{4}}"),
+    (r"\boxed{15}", r"15\mbox{ cm}^2"),
+    (r"\boxed{15 \text{ cm}^2}", "15"),
+    (r"\boxed{12.5\%}", r"12.5\%"),
+    (r"\boxed{[1, 2)}", r"\left[1,2\right)"),
+    (r"\boxed{2 > x}", "x<2"),
+    (r"\boxed{\begin{pmatrix} 0.2 \\ -3.6 \end{pmatrix}}", r"\begin{pmatrix} 1/5 \\ -18/5 \end{pmatrix}"),
+    # As plain text.
+    (r"The answer is \left( 3, \frac{\pi}{2} \right).", r"\left( 3, \frac{\pi}{2} \right)"),
+    ("**Answer:** 3x + 1\nI hope it helps.", "1+3x"),
+    ("The answer is 5. No, the answer is 6 apples.", "6"),
+    ("Adding both,\n\n\\frac{e^{-2t}}{15}", "e^{-2 t}/15"),
+    # What gold answers of benchmarks need to be read (`_REWRITTEN`), beside an answer written in another way.
+    (r"\boxed{E_2, E_1}", "E_{1},E_{2}"),
+    (r"\boxed{\frac{2E_2 + E_1}{3}}", r"\frac{1}{3} E_{1}+\frac{2}{3} E_{2}"),
+    (r"\boxed{\frac{M^6 L_{\odot}}{M_{\odot}^6}}", r"\frac{L_{\odot}}{M_{\odot}^{6}} M^{6}"),
+    (r"\boxed{m_{\max} = n^2 - (n + 1)}", r"$m_{\max }=n^{2}-n-1$"),
+    (r"\boxed{-\frac{1}{3}}", "-1./3"),
+    (r"\boxed{\arcsin(\frac{10}{13})}", "np.arcsin(10/13)"),
+    (r"\boxed{\{1\} \cup (-\infty, 0)}", r"$(-\infty, 0) \cup\{1\}$."),
 ]
 WRONG = [
     (r"\boxed{205}", r"\boxed{204}"),
@@ -40,6 +57,13 @@ WRONG = [
     (r"\boxed{70", "71"),
     ("no number at all", "70"),
     (r"\boxed{}", r"\boxed{}"),
+    (r"\boxed{2}", r"\hbar \omega(v+1 / 2)-\frac{E_{0}^{2} e^{2}}{2 m \omega^{2}}"),  # nor its last one
+    (r"\boxed{2/3}", r"\frac{1}{3} E_{1}+\frac{2}{3} E_{2}"),
+    (r"\boxed{\odot 7}", "7"),  # cannot be read
+    (r"\boxed{(1, 2)}", "[1, 2]"),
+    (r"\boxed{E_1}", "E_{2}"),
+    ("The answer is 5. No, the answer is 6.", "5"),
+    ("\\boxed{" + "(" * 13 + "7" + ")" * 13 + "}", "7"),  # too deep to be an answer
     ("\\boxed{" + "1+" * 300 + "0}", "300"),  # right, were it not too long to be an answer
 ]
 
@@ -52,37 +76,6 @@ def test_right(response: str, answer: str) -> None:
 @pytest.mark.parametrize(("response", "answer"), WRONG)
 def test_wrong(response: str, answer: str) -> None:
     assert grade(response, answer) is False
-
-
-@pytest.mark.parametrize(
-    "response",
-    [
-        r"\boxed{10^{10^{10}}}",
-        r"\boxed{10**10**10}",
-        "10^10^10",
-        r"\boxed{100000000!}",
-        r"\boxed{\binom{100000000}{50000000}}",
-        r"\boxed{1e1000000000}",
-        "\\boxed{" + "(" * 3000 + "1" + ")" * 3000 + "}",
-        "\\boxed{" * 5000 + "2" + "}" * 5000,
-        "\\boxed{" * 20000,
-        "{" * 50000,
-        "\\frac{" * 5000,
-        "$" * 50001,
-        "\\boxed{" + "9" * 100000 + "}",
-        "9" * 100000,
-        "\x00\ud800 \\boxed{\x00}",
-        "\\",
-        "\\boxed{\\",
-    ],
-    ids=lambda text: repr(text[:24]),
-)
-@pytest.mark.parametrize("role", ["response", "answer"])
-def test_hostile_text_is_wrong_in_bounded_time(response: str, role: str) -> None:
-    started = time.perf_counter()
-    assert (grade(response, "1") if role == "response" else grade(r"\boxed{1}", response)) is False
-    # One parse and one comparison take 2 s each; the rest is slack for a busy machine. Unguarded: minutes.
-    assert time.perf_counter() - started < 15.0
 
 
 def test_long_response_reads_its_end() -> None:
@@ -101,16 +94,11 @@ def test_boxed_answers() -> None:
     assert boxed_answers("\\boxed{" + "1" * (MAX_ANSWER_CHARACTERS + 1) + "}") == []
 
 
-def test_refuses_other_threads() -> None:
-    caught: list[Exception] = []
-
-    def call() -> None:
-        try:
-            grade("1", "1")
-        except RuntimeError as error:
-            caught.append(error)
-
-    thread = threading.Thread(target=call)
-    thread.start()
-    thread.join()
-    assert "main thread" in str(caught[0])
+def test_verdicts_do_not_depend_on_what_came_before() -> None:
+    """sympy compares at random points, which must be the same ones every time."""
+    pair = (r"\boxed{\sin(2x) + 1}", r"2 \sin(x) \cos(x) + 1")
+    first = grade(*pair)
+    drawn = sympy.core.random.random()
+    sympy.core.random.seed(7)
+    assert (grade(*pair), sympy.core.random.random()) == (first, drawn)
+    assert first is True

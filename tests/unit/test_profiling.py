@@ -143,8 +143,8 @@ def test_off_makes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     timed = nullcontext()
     job: Any = SimpleNamespace(config=config, rank=0, profile=None)
     progress: Any = SimpleNamespace(phase=lambda name: timed)
-    no_run: Any = None
-    assert Trainer(job, no_run, progress).phase("rollout") is timed
+    nothing: Any = None
+    assert Trainer(job, nothing, progress, nothing).phase("rollout") is timed
 
 
 def test_the_device_chooses_the_capture(tmp_path: Path) -> None:

@@ -1,13 +1,14 @@
 """Prompt and difficulty files: what is read, and the exact line of each mistake."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sead_megatron.data.difficulty import read_difficulties
-from sead_megatron.data.prompts import PromptRecord, check_prompt_lengths, read_prompts
+from sead_megatron.data.prompts import PromptRecord, check_prompt_lengths, prompt_set_hash, read_prompts
 from sead_megatron.errors import UserError
 from tests.tiny_inputs import write_jsonl
 
@@ -16,6 +17,10 @@ def mistake(call: Callable[..., Any], path: Path, *arguments: Any) -> str:
     with pytest.raises(UserError) as error:
         call(path, *arguments)
     return str(error.value).replace(str(path), "FILE")
+
+
+def records(*ids: str) -> list[PromptRecord]:
+    return [PromptRecord(name, [{"role": "user", "content": f"What is {name}?"}], "1", None) for name in ids]
 
 
 def test_both_forms(tmp_path: Path) -> None:
@@ -92,20 +97,43 @@ def test_difficulties(tmp_path: Path) -> None:
         {"id": "other", "difficulty": 1},
     ]
     path = write_jsonl(tmp_path / "d.jsonl", [{"provenance": provenance}, *entries])
-    told = read_difficulties(path, ["b", "a"])
+    told = read_difficulties(path, records("b", "a"))
     assert (told.values, told.provenance) == ({"a": 0.0, "b": 0.125, "other": 1.0}, provenance)
-    assert read_difficulties(write_jsonl(tmp_path / "e.jsonl", entries), ["a"]).provenance is None
+    assert read_difficulties(write_jsonl(tmp_path / "e.jsonl", entries), records("a")).provenance is None
 
 
 def test_difficulties_of_some_prompts_only(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "d.jsonl", [{"id": "a", "difficulty": 0}])
     head, remedy = 'curriculum.difficulty = "FILE"', "estimate the difficulty of the same prompt file"
-    assert mistake(read_difficulties, path, ["a", "b", "c"]) == (
+    assert mistake(read_difficulties, path, records(*"abc")) == (
         f"{head}: has no difficulty for 2 of 3 prompts: b, c; {remedy}"
     )
-    assert mistake(read_difficulties, path, ["a", "b", "c", "d", "e"]) == (
+    assert mistake(read_difficulties, path, records(*"abcde")) == (
         f"{head}: has no difficulty for 4 of 5 prompts: b, c, d, ...; {remedy}"
     )
+
+
+def test_difficulties_of_other_prompts(tmp_path: Path) -> None:
+    """The hash in the provenance holds ids, messages and answers, in any order."""
+    prompts = records("a", "b")
+    entries = [{"id": name, "difficulty": 0.5} for name in "abc"]
+    provenance = {"provenance": {"prompts_sha256": prompt_set_hash(prompts)}}
+    path = write_jsonl(tmp_path / "d.jsonl", [provenance, *entries])
+    assert read_difficulties(path, prompts[::-1]).values["b"] == 0.5
+    others = [
+        records("a"),
+        records("a", "b", "c"),
+        [prompts[0], replace(prompts[1], answer="2")],
+        [prompts[0], replace(prompts[1], messages=[{"role": "user", "content": "What is B?"}])],
+    ]
+    for other in others:
+        assert mistake(read_difficulties, path, other) == (
+            'curriculum.difficulty = "FILE": was estimated for other prompts (prompts_sha256 of its first line is not '
+            "that of the prompt file); estimate again, or remove the first line to use it all the same"
+        )
+        write_jsonl(path, entries)
+        assert read_difficulties(path, other).provenance is None
+        write_jsonl(path, [provenance, *entries])
 
 
 @pytest.mark.parametrize(
@@ -125,7 +153,7 @@ def test_difficulties_of_some_prompts_only(tmp_path: Path) -> None:
 def test_each_bad_difficulty(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "d.jsonl"
     path.write_text('{"id": "a", "difficulty": 0.5}\n' + line + "\n")
-    assert mistake(read_difficulties, path, ["a"]) == message
+    assert mistake(read_difficulties, path, records("a")) == message
 
 
 def test_prompt_lengths() -> None:

@@ -53,7 +53,7 @@ def run_steps(
     )
     models = build_models(config, torch.device("cpu"))
     student = models.student
-    trainer = Trainer(SimpleNamespace(config=config, rank=dist.get_rank()), None, None)  # type: ignore[arg-type]
+    trainer = Trainer(SimpleNamespace(config=config, rank=dist.get_rank()), None, None, None)  # type: ignore[arg-type]
     plan = plan_step(fixed_rollouts(0), student.model.groups.layout, models.teacher.layout)
     scores = models.teacher.score(plan)
     table = TokenTable.from_rollouts(plan.rollouts, "cpu").with_columns(**student.token_stats(plan, scores))
