@@ -13,9 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from sead_kernels.split_kl import split_kl_loss
-from sead_kernels.split_kl.reference import dense_gradients, dense_loss
-from sead_kernels.split_kl.testing import SMALL_TILES, Problem, make_problem, relative_error
+from sead_kernels.split_kl import PointwiseRule, split_kl_loss
+from sead_kernels.split_kl.reference import dense_gradients, dense_loss, dense_pointwise
+from sead_kernels.split_kl.testing import (
+    RULES,
+    SMALL_TILES,
+    Problem,
+    make_problem,
+    relative_error,
+    run_pointwise,
+)
 from torch import Tensor, nn
 
 pytest.importorskip("megatron.core", reason="the protocol under test is Megatron's")
@@ -42,17 +49,19 @@ def buffers_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Head(nn.Module):
-    """An output layer, and the same matrix as an embedding of ``ids`` if tied."""
+    """An output layer, and the same matrix as an embedding of ``ids`` if tied; without a rule the split-KL loss."""
 
-    def __init__(self, problem: Problem, tied: bool) -> None:
+    def __init__(self, problem: Problem, tied: bool, rule: PointwiseRule | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(problem.student_weight.clone())
-        self.problem, self.tied = problem, tied
+        self.problem, self.tied, self.rule = problem, tied, rule
 
     def forward(self, hidden: Tensor, ids: Tensor) -> Tensor:
         problem = self.problem
         if self.tied:
             hidden = hidden + nn.functional.embedding(ids, self.weight)
+        if self.rule is not None:
+            return run_pointwise(problem, hidden, self.weight, self.rule, weight_tied=self.tied).loss
         return split_kl_loss(
             hidden,
             self.weight,
@@ -120,6 +129,24 @@ def test_tied_weight_keeps_the_embeddings_gradient(zero_out_wgrad: bool, microba
     assert weight.grad is None, "the hook has not fired"
     assert not weight.grad_added_to_main_grad
     assert relative_error(weight.main_grad, microbatches * expected) <= 1e-5
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_pointwise_loss_keeps_the_protocol(tied: bool) -> None:
+    problem, rule, ids = make_problem(), RULES[1], torch.arange(19) % 11
+    wrapped = wrap(Head(problem, tied, rule))
+    weight = wrapped.module.weight
+    for _ in range(2):
+        wrapped(problem.student_hidden.clone().requires_grad_(), ids).backward()
+    exact = problem.student_weight.double().requires_grad_()
+    hidden = problem.student_hidden.double()
+    if tied:
+        hidden = hidden + nn.functional.embedding(ids, exact)
+    divergence = dense_pointwise(hidden, exact, *problem.inputs()[2:4], rule, valid=problem.valid)
+    (expected,) = torch.autograd.grad((problem.coefficients[:, 0].double() * divergence).sum(), exact)
+    assert weight.grad is None, "the hook has not fired"
+    assert weight.grad_added_to_main_grad == (not tied)
+    assert relative_error(weight.main_grad, 2 * expected) <= 1e-5
 
 
 def test_bf16_weight_with_float32_main_grad_is_not_rounded_to_bf16() -> None:

@@ -87,6 +87,18 @@ def test_without_a_clip_it_is_the_split_kl_loss(kind: str, column: int, tiles: T
         assert relative_error(ours, expected) <= 1e-5
 
 
+@pytest.mark.parametrize("rule", [PointwiseRule("reverse"), PointwiseRule("skew_reverse", 0.1)])
+def test_logit_gradients_sum_to_zero(rule: PointwiseRule, tiles: TileOptions) -> None:
+    """Logits near 60, whose log-sum-exp is rounded by 2e-6: without the mass that times the mean is left over."""
+    problem = make_problem()
+    problem.student_hidden[:, 0] = 1
+    problem.student_weight[: problem.valid, 0] = 60
+    hidden, weight = leaves(problem)
+    run_pointwise(problem, hidden, weight, rule, options=tiles).loss.backward()
+    _, dw = gradients(hidden, weight)
+    assert float(dw.sum(0).abs().max() / dw.abs().sum(0).max()) <= 1e-6
+
+
 def test_labels_of_dropped_rows_may_hold_anything() -> None:
     problem = make_problem()
     expected = run_pointwise(problem, *leaves(problem), CLIPPED_JSD).loss.item()
