@@ -21,7 +21,7 @@ Every f is one formula of four numbers (:class:`RuleNumbers`), two divergences t
     reverse        p ln(p/q)                             q                     0       1       1       0
 
 p g is computed without a division by p. With c = ln(s p) - ln(t q), e = e^-|c| and L = ln(1 + e), everything is a
-function of lp - lq that neither overflows nor cancels: r = 1/(1+e) if c > 0 and e/(1+e) if not,
+function of lp - lq that cannot overflow: r = 1/(1+e) if c > 0 and e/(1+e) if not,
 
     ln(q/m) = min(-ln t, lq - lp - ln s) - L          ln(p/m) = min(-ln s, lp - lq - ln t) - L
 

@@ -1,4 +1,4 @@
-// One vocabulary entry of a pointwise divergence, for ../cpu and ../cuda; the formulas are derived in pointwise.py.
+// One vocabulary entry of a pointwise divergence, for cpu/ and cuda/; the formulas are derived in pointwise.py.
 //
 // The file that includes this has defined SPLIT_KL_INLINE, exponential(x) and quotient(a, b).
 #pragma once

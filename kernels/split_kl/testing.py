@@ -44,8 +44,6 @@ POINTWISE_RULES = [
     PointwiseRule("reverse"),
     PointwiseRule("reverse", clip=0.05),
 ]
-
-
 TENSOR_PARALLEL_RULE = POINTWISE_RULES[1]
 
 

@@ -1,6 +1,6 @@
 """Pointwise divergences: both GEMMs and the rule in one kernel per sweep; the formulas are derived in ``..pointwise``.
 
-The rule comes as five numbers at run time: of all kinds, none is a special case of the compiler's.
+The rule comes as five numbers at run time: one compiled kernel for all kinds.
 """
 
 from __future__ import annotations
