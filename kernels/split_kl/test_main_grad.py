@@ -16,7 +16,7 @@ import torch.distributed as dist
 from sead_kernels.split_kl import PointwiseRule, split_kl_loss
 from sead_kernels.split_kl.reference import dense_gradients, dense_loss, dense_pointwise
 from sead_kernels.split_kl.testing import (
-    RULES,
+    POINTWISE_RULES,
     SMALL_TILES,
     Problem,
     make_problem,
@@ -133,7 +133,7 @@ def test_tied_weight_keeps_the_embeddings_gradient(zero_out_wgrad: bool, microba
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_pointwise_loss_keeps_the_protocol(tied: bool) -> None:
-    problem, rule, ids = make_problem(), RULES[1], torch.arange(19) % 11
+    problem, rule, ids = make_problem(), POINTWISE_RULES[1], torch.arange(19) % 11
     wrapped = wrap(Head(problem, tied, rule))
     weight = wrapped.module.weight
     for _ in range(2):
