@@ -121,7 +121,8 @@ def _mark_tensor_parallel_parameters(module: torch.nn.Module, weights: WeightMap
     """Tells Megatron which parameters are shards.
 
     Its initialisers do that, and they are skipped here. An unmarked shard counts as a duplicate on TP ranks > 0 and
-    drops out of the gradient norm (0.38 instead of 0.53 on a tiny model at TP2, megatron-core 0.16.1).
+    drops out of the gradient norm (0.38 instead of 0.53 on a tiny model at TP2, megatron-core 0.16.1; 0.19.2 marks its
+    layers without them).
     """
     for name, parameter in module.named_parameters():
         dim = weights.rule(name).layout.partition_dim

@@ -10,8 +10,10 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import megatron.core
 import pytest
 import torch
+from packaging.version import Version
 
 from sead_megatron.objectives.zones import implied_thresholds
 from tests.distributed.launch import run_ranks
@@ -177,7 +179,7 @@ def test_layouts(
     """Every pair of layouts updates the weights as one rank does.
 
     Negative control on two ranks: without the tensor-parallel marks Megatron drops rank 1's shards from the gradient
-    norm, and the comparison sees it.
+    norm, and the comparison sees it. From 0.19 on Megatron sets the marks of its layers itself.
     """
     cases = _covering(ranks)
     unmarked = [_case("TP2", "TP1", marked=False)] if ranks == 2 else []
@@ -185,7 +187,10 @@ def test_layouts(
     _check(one_rank, list(zip(cases, results[: len(cases)], strict=True)))
     for control in results[len(cases) :]:
         wanted = one_rank[0][1]["grad_norm"]
-        assert control["grad_norm"][0] < 0.9 * wanted[0], (control["grad_norm"], wanted)
+        if Version(megatron.core.__version__) < Version("0.19"):
+            assert control["grad_norm"][0] < 0.9 * wanted[0], (control["grad_norm"], wanted)
+        else:
+            assert _relative(control["grad_norm"], wanted) <= RELATIVE
 
 
 @pytest.mark.slow
