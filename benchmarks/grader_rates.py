@@ -278,7 +278,7 @@ def table(content: dict[str, Any]) -> str:
         "",
         f"{hostile['strings']:,} hostile strings: median {hostile['median_ms']} ms, 99 % below {hostile['p99_ms']} ms, "
         f"at most {hostile['max_seconds']} s; {hostile['timeouts']} stopped by the time limit, {hostile['crashes']} "
-        f"ended the worker otherwise.",
+        f"ended the worker otherwise, {hostile['accepted']} were accepted.",
     ]
     return "\n".join(lines)
 
@@ -300,7 +300,7 @@ def main() -> int:
         "date": datetime.now(UTC).date().isoformat(),
         "commit": commit(),
         "machine": machine(),
-        "command": "benchmarks/grader_rates.py " + " ".join(sys.argv[1:]),
+        "command": f"benchmarks/grader_rates.py DATA RESULTS --strings {options.strings} --seed {options.seed}",
         "benchmarks": {},
     }
     everything: list[str] = []

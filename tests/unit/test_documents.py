@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
         ("convert_memory", "convert_memory", "conversion"),
         ("data_preparation", "data_preparation", "data"),
         ("fp8_teacher", "fp8_teacher", "precision"),
+        ("grader_rates", "grader_rates", "grading"),
         ("profile_trace", "profile_quickstart", "profiling"),
     ],
 )
