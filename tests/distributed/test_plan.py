@@ -106,7 +106,13 @@ EXACT = [
 ]
 
 
-@pytest.mark.parametrize("family", ["llama_tied", *SAVE_TINY])
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in ("llama", "olmo3") else [])
+        for name in ("llama_tied", *SAVE_TINY)
+    ],
+)
 def test_bytes_of_every_family(family: str, tmp_path: Path) -> None:
     if family == "llama_tied":
         student = str(save_tiny_llama(tmp_path / "student", **(STUDENT | {"tie_word_embeddings": True})))

@@ -50,6 +50,7 @@ def test_scales_do_not_depend_on_the_layout(teacher: str, tmp_path: Path) -> Non
     assert kept["hidden"] != whole["hidden"]
 
 
+@pytest.mark.slow
 def test_without_its_own_groups_stages_mix_their_scales(tmp_path: Path) -> None:
     """Negative control of `_use_own_groups`: the student's data-parallel group holds both of the teacher's stages."""
     directory = str(SAVE_TINY["qwen3"](tmp_path / "teacher", seed=3))

@@ -81,6 +81,7 @@ def test_the_file_is_what_a_run_reads(job: tuple[Path, Path]) -> None:
     assert told.provenance["grader"]["grading_sha256"] == grading
 
 
+@pytest.mark.slow
 def test_pass_rates_are_those_of_the_student(job: tuple[Path, Path]) -> None:
     """Another way to the same numbers: transformers' own sampling. Its random numbers are others, so means agree."""
     config, whole = job
@@ -136,6 +137,7 @@ def test_killed_and_continued(job: tuple[Path, Path], tmp_path: Path) -> None:
     assert (ended.returncode, ended.stdout) == (0, f"{out} is complete: {PROMPTS} prompts\n")
 
 
+@pytest.mark.slow
 def test_another_number_of_ranks(job: tuple[Path, Path], tmp_path: Path) -> None:
     config, whole = job
     out = tmp_path / "one.jsonl"

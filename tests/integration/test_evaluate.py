@@ -116,6 +116,7 @@ def test_killed_and_continued_on_other_ranks(untied: Path, tmp_path: Path) -> No
     }
 
 
+@pytest.mark.slow
 def test_checkpoint_of_a_run_on_one_engine_of_two_ranks(baseline: tuple[Path, Path], tmp_path: Path) -> None:
     """Tied embeddings, TP2: the run's own evaluation of its last step, and the reference's text."""
     config, run = baseline

@@ -46,6 +46,7 @@ def test_the_source_is_right(tmp_path: Path) -> None:
     assert done.returncode == 0 and "all kernels agree" in done.stdout, done.stdout + done.stderr
 
 
+@pytest.mark.slow  # three minutes of compiling
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_the_fault_is_caught(fault: Fault, outcomes: dict[str, subprocess.CompletedProcess[str]]) -> None:
     """By wrong numbers, a canary, or an abort: a compiler error or a Python exception would prove nothing."""
