@@ -62,6 +62,11 @@ class Student:
             check_finite=kernel.check_finite,
         )
         self.shard = VocabShard(start=model.vocab_start, valid=model.config.vocab_size)
+        groups = model.groups
+        tied = model.config.tie_word_embeddings and groups.layout.pipeline == 1
+        self._context = LossContext(
+            self.shard, groups.collection.tp, self.temperature, self.tile_options, tied
+        )
         self.ddp = wrap_for_training(model, distributed_optimizer=config.optimizer.distributed)
         self.optimizer = StudentOptimizer(config.optimizer, model, self.ddp, config.steps)
         megatron = model.module.config
@@ -79,9 +84,6 @@ class Student:
         `topk`: compare lists of that many likeliest tokens as well; 0 for none.
         """
         names = (*MEASURED, *TOPK_COLUMNS) if topk else MEASURED
-        context = LossContext(
-            self.shard, self.model.groups.collection.tp, self.temperature, self.tile_options
-        )
 
         def measure(hidden: Tensor, row: PackedRow) -> tuple[Tensor, dict[str, Tensor]]:
             teacher_hidden, teacher_output = self._teacher_of(scores, row)
@@ -99,7 +101,7 @@ class Student:
             columns = {name: getattr(stats, name) for name in MEASURED}
             if topk:
                 pair = (hidden, self.model.module.output_weight().detach(), teacher_hidden, teacher_output)
-                columns |= topk_columns(*pair, stats, topk, context)
+                columns |= topk_columns(*pair, stats, topk, self._context)
             return row.token_index, columns
 
         def forward_step(rows: Iterator[PackedRow], model: Any) -> tuple[Tensor, Any]:
@@ -124,8 +126,6 @@ class Student:
         """Forward, loss and backward of all microbatches, gradient reduction and optimizer step (a collective)."""
         weights = (coefficients.weights / coefficients.normalizer).to(self.device)
         groups = self.model.groups
-        tied = self.model.config.tie_word_embeddings and groups.layout.pipeline == 1
-        context = LossContext(self.shard, groups.collection.tp, self.temperature, self.tile_options, tied)
 
         def forward_step(rows: Iterator[PackedRow], model: Any) -> tuple[Tensor, Any]:
             row = next(rows)
@@ -139,7 +139,7 @@ class Student:
                     row.labels.to(self.device),
                     weights[row.token_index.to(self.device)],
                     coefficients.divergence,
-                    context,
+                    self._context,
                 )
                 active = row.token_index[result.active.cpu()]
                 # The second item is Megatron's token count; the loss is already normalised.
