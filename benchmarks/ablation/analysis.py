@@ -1,0 +1,147 @@
+"""What the runs of the ablation show: accuracies and differences with intervals, entropies, zones."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean, stdev
+
+from cells import COMPONENTS
+from task import expression_of, fork_positions, is_valid_solution
+
+from sead_megatron.records import read_records
+
+Cells = dict[str, dict[int, float]]
+"""One number of every run: by cell and seed."""
+Estimate = dict[str, float]
+
+LAST_STEPS = 10
+T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+"""Two-sided 95 % quantile of Student's t by number of values (one degree of freedom fewer)."""
+
+
+def estimate(values: list[float], digits: int = 4) -> Estimate:
+    """Mean and 95 % interval of Student's t over seeds; needs 2 to 10 values."""
+    mean = fmean(values)
+    half = T_95[len(values)] * stdev(values) / math.sqrt(len(values))
+    return {
+        "mean": round(mean, digits),
+        "low": round(mean - half, digits),
+        "high": round(mean + half, digits),
+    }
+
+
+def contrast(cells: Cells, weight: Callable[[str], float]) -> Estimate:
+    """Interval of a weighted sum of the table's cells, formed within each seed.
+
+    Runs of one seed share the order of their prompts where there is no curriculum, and all begin with the same student.
+    """
+    names = [name for name in cells if name.startswith("sead_") and weight(name)]
+    seeds = sorted(cells[names[0]])
+    return estimate([sum(weight(name) * cells[name][seed] for name in names) for seed in seeds])
+
+
+def effects(cells: Cells) -> dict[str, Estimate]:
+    """Main effects and interactions of the 2^3 table, and the excess of all three over the sum of each alone."""
+
+    def sign(name: str, factor: int) -> int:
+        return 1 if name.removeprefix("sead_")[factor] == "1" else -1
+
+    found = {}
+    for index, factor in enumerate(COMPONENTS):
+        found[factor] = contrast(cells, lambda name, i=index: sign(name, i) / 4)
+    for first, second in ((0, 1), (0, 2), (1, 2)):
+        found[f"{COMPONENTS[first]} x {COMPONENTS[second]}"] = contrast(
+            cells, lambda name, i=first, j=second: sign(name, i) * sign(name, j) / 4
+        )
+    for index, factor in enumerate(COMPONENTS):
+        alone = "sead_" + "".join("1" if i == index else "0" for i in range(3))
+        found[f"{factor} alone"] = contrast(cells, lambda name, a=alone: (name == a) - (name == "sead_000"))
+    found["all"] = contrast(cells, lambda name: (name == "sead_111") - (name == "sead_000"))
+    excess = {"sead_111": 1, "sead_100": -1, "sead_010": -1, "sead_001": -1, "sead_000": 2}
+    found["all - sum of each alone"] = contrast(cells, lambda name: excess.get(name, 0))
+    return found
+
+
+def differences(cells: Cells, reference: str) -> dict[str, Estimate]:
+    """Each cell minus the reference, seed by seed."""
+    return {
+        name: estimate([values[seed] - cells[reference][seed] for seed in values])
+        for name, values in cells.items()
+        if name != reference
+    }
+
+
+def entropies_at_forks(directory: Path, steps: int) -> dict[str, float]:
+    """Mean entropies of student and teacher, nats, at the true forks of the valid rollouts of the last steps."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for step in range(steps - LAST_STEPS + 1, steps + 1):
+        for rollout in read_records(directory / "rollouts" / f"step_{step}.jsonl"):
+            expression = expression_of(rollout["prompt"][-1]["content"])
+            if not rollout["finished"] or not is_valid_solution(expression, rollout["response"]):
+                continue
+            for place in fork_positions(
+                expression, rollout["response"]
+            ):  # characters are tokens before the box
+                found["student"].append(rollout["student_entropy"][place])
+                found["teacher"].append(rollout["teacher_entropy"][place])
+    return {f"forks/{model}": fmean(values) for model, values in found.items()}
+
+
+def numbers(directory: Path) -> dict[str, float]:
+    """One run's numbers. Means of the metrics are over the first and the last `LAST_STEPS` steps."""
+    accuracy = {row["step"]: row["accuracy"] for row in read_records(directory / "evaluations.jsonl")}
+    metrics = read_records(directory / "metrics.jsonl")
+    steps = len(metrics)
+    found = {
+        "accuracy": accuracy[steps],
+        "accuracy/before": accuracy[0],
+        "accuracy/while_training": fmean(value for step, value in accuracy.items() if step),
+        "seconds": sum(value for row in metrics for key, value in row.items() if key.startswith("time/")),
+        **entropies_at_forks(directory, steps),
+    }
+    for key in (
+        "entropy/student",
+        "entropy/teacher",
+        "rollout/length_mean",
+        "zone/b_fkl_share",
+        "zone/c_fkl_share",
+    ):
+        for when, rows in (("first", metrics[:LAST_STEPS]), ("last", metrics[-LAST_STEPS:])):
+            values = [row[key] for row in rows if key in row]
+            if values:
+                found[f"{key}/{when}"] = fmean(values)
+    return found
+
+
+def summarise(directories: dict[tuple[str, int], Path]) -> dict[str, object]:
+    """The tables, from the directories of the finished runs by cell and seed."""
+    runs = {key: numbers(directory) for key, directory in directories.items()}
+
+    def cells(number: str) -> Cells:
+        found: Cells = defaultdict(dict)
+        for (name, seed), values in runs.items():
+            if number in values:
+                found[name][seed] = values[number]
+        return found
+
+    names = sorted({key for values in runs.values() for key in values})
+    accuracy, middle = cells("accuracy"), cells("accuracy/while_training")
+    return {
+        "seeds": sorted({seed for _, seed in runs}),
+        "cells": {
+            name: {key: estimate(list(cells(key)[name].values())) for key in names if name in cells(key)}
+            for name in accuracy
+        },
+        "effects": {"accuracy": effects(accuracy), "accuracy/while_training": effects(middle)},
+        "minus_opd": {
+            "accuracy": differences(accuracy, "sead_000"),
+            "accuracy/while_training": differences(middle, "sead_000"),
+        },
+        "runs": [
+            {"cell": name, "seed": seed, **{key: round(value, 4) for key, value in values.items()}}
+            for (name, seed), values in runs.items()
+        ],
+    }

@@ -1,0 +1,114 @@
+"""The ablation's student: the quick start's, taught to read a hint, and prompts that carry one.
+
+OPSD and EGRSD have no larger teacher: the student itself, shown a correct solution, is theirs. The quick start's
+student never saw a solution in a prompt, so it goes on learning from two halves: its own careless source without a
+hint, which keeps its weakness, and prompts with a hint, answered correctly, half of them in the hint's order of
+reductions and half in another. Every method of the comparison starts from this student.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from random import Random
+
+import torch
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
+sys.path.insert(0, str(QUICKSTART))
+
+from chat_tokenizer import build_tokenizer  # noqa: E402
+from task import (  # noqa: E402
+    MAX_OPERANDS,
+    MIN_OPERANDS,
+    Expression,
+    expression_of,
+    prompt_records,
+    prompt_text,
+    sample_expression,
+    solve,
+    solve_carelessly,
+)
+from train_pair import MAX_LENGTH, RECIPES, encode_prompt  # noqa: E402
+
+HINT = "{problem}\nhint: {solution}"
+"""`teacher.context` of the methods that show a solution."""
+SEED, STEPS, SEQUENCES, LR, WARMUP_STEPS = 13, 600, 64, 1e-3, 30
+SAME_ORDER = 0.5  # share of the hinted responses that follow the hint's order
+
+
+def with_solutions(records: list[dict[str, object]], seed: int) -> list[dict[str, object]]:
+    """The quick start's prompt records with a `solution` each, in a random order of reductions."""
+    rng = Random(seed)
+    return [
+        {**record, "solution": solve(expression_of(record["messages"][0]["content"]), rng)}
+        for record in records
+    ]
+
+
+def training_example(rng: Random, expression: Expression, *, hinted: bool) -> tuple[str, str]:
+    """Content of the user's message and the response."""
+    problem = prompt_text(expression)
+    if not hinted:
+        return problem, solve_carelessly(expression, rng, RECIPES["student"].carelessness)
+    solution = solve(expression, rng)
+    response = solution if rng.random() < SAME_ORDER else solve(expression, rng)
+    return HINT.format(problem=problem, solution=solution), response
+
+
+def training_batch(tokenizer: PreTrainedTokenizerFast, rng: Random) -> tuple[torch.Tensor, torch.Tensor]:
+    """Right-padded ids and labels (-100 outside the responses), int64 `[SEQUENCES, length]`."""
+    rows, responses = [], []
+    for index in range(SEQUENCES):
+        operands = MIN_OPERANDS + index // 2 % (MAX_OPERANDS - MIN_OPERANDS + 1)
+        content, response = training_example(rng, sample_expression(rng, operands), hinted=index % 2 == 1)
+        rows.append(encode_prompt(tokenizer, content))
+        responses.append([*tokenizer(response).input_ids, tokenizer.eos_token_id])
+    length = max(len(row) + len(response) for row, response in zip(rows, responses, strict=True))
+    input_ids = torch.full((SEQUENCES, length), tokenizer.pad_token_id)
+    labels = torch.full((SEQUENCES, length), -100)
+    for index, (row, response) in enumerate(zip(rows, responses, strict=True)):
+        end = len(row) + len(response)
+        input_ids[index, :end] = torch.tensor(row + response)
+        labels[index, len(row) : end] = torch.tensor(response)
+    return input_ids, labels
+
+
+def make_hinted_student(directory: Path) -> None:
+    """Train on from the quick start's student (one thread, fixed seed: the same weights every time) and save."""
+    tokenizer = build_tokenizer(MAX_LENGTH)
+    model = LlamaForCausalLM.from_pretrained(QUICKSTART / "student")
+    rng = Random(SEED)
+    torch.set_num_threads(1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.98), weight_decay=0.01)
+    for step in range(STEPS):
+        cosine = 0.5 * (1 + math.cos(math.pi * step / STEPS))
+        optimizer.param_groups[0]["lr"] = LR * min(1.0, (step + 1) / WARMUP_STEPS) * cosine
+        input_ids, labels = training_batch(tokenizer, rng)
+        loss = model(input_ids=input_ids, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if (step + 1) % 50 == 0:
+            print(f"hinted student, step {step + 1}/{STEPS}, loss {loss.item():.4f}", flush=True)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def evaluation_records(count: int, seed: int) -> list[dict[str, object]]:
+    """Distinct held-out prompts that are not among the quick start's: id, messages, answer."""
+    seen = {str(record["messages"]) for record in prompt_records("eval", 256)}
+    rng = Random(seed)
+    records: list[dict[str, object]] = []
+    while len(records) < count:
+        operands = MIN_OPERANDS + len(records) % (MAX_OPERANDS - MIN_OPERANDS + 1)
+        expression = sample_expression(rng, operands, held_out=True)
+        messages = [{"role": "user", "content": prompt_text(expression)}]
+        if str(messages) not in seen:
+            seen.add(str(messages))
+            identifier = f"held-out-{seed}-{len(records):05d}"
+            records.append({"id": identifier, "messages": messages, "answer": str(expression.value())})
+    return records
