@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import defaultdict
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from cells import COMPONENTS
+from scipy.stats import t as student_t
 from task import expression_of, fork_positions, is_valid_solution
 
 from sead_megatron.records import read_records
@@ -17,15 +19,13 @@ Cells = dict[str, dict[int, float]]
 """One number of every run: by cell and seed."""
 Estimate = dict[str, float]
 
-LAST_STEPS = 10
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
-"""Two-sided 95 % quantile of Student's t by number of values (one degree of freedom fewer)."""
+LAST_STEPS = 5
 
 
 def estimate(values: list[float], digits: int = 4) -> Estimate:
-    """Mean and 95 % interval of Student's t over seeds; needs 2 to 10 values."""
+    """Mean and 95 % interval of Student's t over seeds; needs two values or more."""
     mean = fmean(values)
-    half = T_95[len(values)] * stdev(values) / math.sqrt(len(values))
+    half = float(student_t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
     return {
         "mean": round(mean, digits),
         "low": round(mean - half, digits),
@@ -78,7 +78,8 @@ def entropies_at_forks(directory: Path, steps: int) -> dict[str, float]:
     """Mean entropies of student and teacher, nats, at the true forks of the valid rollouts of the last steps."""
     found: dict[str, list[float]] = defaultdict(list)
     for step in range(steps - LAST_STEPS + 1, steps + 1):
-        for rollout in read_records(directory / "rollouts" / f"step_{step}.jsonl"):
+        lines = (directory / "rollouts" / f"step_{step}.jsonl").read_text(encoding="utf-8").splitlines()
+        for rollout in map(json.loads, lines):
             expression = expression_of(rollout["prompt"][-1]["content"])
             if not rollout["finished"] or not is_valid_solution(expression, rollout["response"]):
                 continue

@@ -28,7 +28,7 @@ from analysis import summarise  # noqa: E402
 from cells import LEARNING_RATES, METHODS, Overrides, factorial  # noqa: E402
 from hinted_student import evaluation_records, make_hinted_student, with_solutions  # noqa: E402
 from record_run import commit, machine  # noqa: E402
-from task import TRAIN_PROMPTS, prompt_records, write_jsonl  # noqa: E402
+from task import prompt_records, write_jsonl  # noqa: E402
 
 from sead_megatron.records import read_records  # noqa: E402
 
@@ -38,7 +38,7 @@ RESULT = ROOT / "benchmarks" / "results" / "ablation.json"
 STEPS = yaml.safe_load((HERE / "config.yaml").read_text())["steps"]
 SEEDS = (1, 2, 3, 4, 5)
 VALIDATION_SEED = 100  # of the runs that choose the learning rates
-TEST_PROMPTS, VALIDATION_PROMPTS = 512, 256
+TRAIN_PROMPTS, VALIDATION_PROMPTS, TEST_PROMPTS = 1920, 256, 512
 
 
 @dataclass(frozen=True)
