@@ -96,7 +96,7 @@ def prepare() -> None:
 def _call(name: str, command: list[str]) -> None:
     """Run to the end with one thread; its output goes to a log, and is shown if it fails."""
     log = WORK / "logs" / f"{name}.log"
-    log.parent.mkdir(exist_ok=True)
+    log.parent.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with log.open("a") as output:
         code = subprocess.run(
