@@ -2,8 +2,9 @@
 
 OPSD and EGRSD have no larger teacher: the student itself, shown a correct solution, is theirs. The quick start's
 student never saw a solution in a prompt, so it goes on learning from two halves: its own careless source without a
-hint, which keeps its weakness, and prompts with a hint, answered correctly, half of them in the hint's order of
-reductions and half in another. Every method of the comparison starts from this student.
+hint, which keeps its weakness, and prompts with a hint, answered with the hint. It learns to copy rather than to
+multiply: taught to solve hinted prompts in an order of its own, it multiplied well, and five steps of any method
+brought that out. Every method of the comparison starts from this student.
 """
 
 from __future__ import annotations
@@ -36,7 +37,6 @@ from train_pair import MAX_LENGTH, RECIPES, encode_prompt  # noqa: E402
 HINT = "{problem}\nhint: {solution}"
 """`teacher.context` of the methods that show a solution."""
 SEED, STEPS, SEQUENCES, LR, WARMUP_STEPS = 13, 600, 64, 1e-3, 30
-SAME_ORDER = 0.5  # share of the hinted responses that follow the hint's order
 
 
 def with_solutions(records: list[dict[str, object]], seed: int) -> list[dict[str, object]]:
@@ -54,8 +54,7 @@ def training_example(rng: Random, expression: Expression, *, hinted: bool) -> tu
     if not hinted:
         return problem, solve_carelessly(expression, rng, RECIPES["student"].carelessness)
     solution = solve(expression, rng)
-    response = solution if rng.random() < SAME_ORDER else solve(expression, rng)
-    return HINT.format(problem=problem, solution=solution), response
+    return HINT.format(problem=problem, solution=solution), solution
 
 
 def training_batch(tokenizer: PreTrainedTokenizerFast, rng: Random) -> tuple[torch.Tensor, torch.Tensor]:

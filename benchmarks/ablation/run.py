@@ -38,7 +38,7 @@ RESULT = ROOT / "benchmarks" / "results" / "ablation.json"
 STEPS = yaml.safe_load((HERE / "config.yaml").read_text())["steps"]
 SEEDS = (1, 2, 3, 4, 5)
 VALIDATION_SEED = 100  # of the runs that choose the learning rates
-TRAIN_PROMPTS, VALIDATION_PROMPTS, TEST_PROMPTS = 1920, 256, 512
+TRAIN_PROMPTS, VALIDATION_PROMPTS, TEST_PROMPTS = 2880, 256, 512
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def nats(value: dict[str, float] | None) -> str:
 def factorial_table(result: dict[str, Any]) -> list[str]:
     """The paper's Table 2."""
     lines = [
-        "| zones | annealing | curriculum | accuracy, % | minus OPD | steps 5 to 20, minus OPD | paper, minus OPD |",
+        "| zones | annealing | curriculum | accuracy, % | minus OPD | steps 10 to 30, minus OPD | paper, minus OPD |",
         "|---|---|---|---|---|---|---|",
     ]
     minus = result["minus_opd"]
@@ -75,7 +75,7 @@ def effects_table(result: dict[str, Any]) -> list[str]:
         return total
 
     lines = [
-        "| effect | final accuracy, points | mean of steps 5 to 20, points | paper, points |",
+        "| effect | final accuracy, points | mean of steps 10 to 30, points | paper, points |",
         "|---|---|---|---|",
     ]
     for name, value in result["effects"]["accuracy"].items():

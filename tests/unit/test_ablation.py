@@ -65,19 +65,17 @@ def test_a_run_is_finished_when_its_last_step_is_evaluated(
         assert job.finished == finished
 
 
-def test_hinted_examples_are_correct_and_half_follow_the_hint() -> None:
-    rng, followed, careless = Random(0), 0, 0
+def test_hinted_examples_are_copies_and_the_others_careless() -> None:
+    rng, careless = Random(0), 0
     for _ in range(400):
         expression = hinted_student.sample_expression(rng, 6)
         content, response = hinted_student.training_example(rng, expression, hinted=True)
         problem, _, hint = content.partition("\nhint: ")
         assert expression_of(problem) == expression
-        assert is_valid_solution(expression, hint) and is_valid_solution(expression, response)
-        followed += hint == response
+        assert hint == response and is_valid_solution(expression, response)
         problem, response = hinted_student.training_example(rng, expression, hinted=False)
         assert expression_of(problem) == expression
         careless += not is_valid_solution(expression, response)
-    assert 180 < followed < 260  # 200, and some equal by chance
     assert careless > 100
 
 
