@@ -1,10 +1,10 @@
 """The ablation's student: the quick start's, taught to read a hint, and prompts that carry one.
 
 OPSD and EGRSD have no larger teacher: the student itself, shown a correct solution, is theirs. The quick start's
-student never saw a solution in a prompt, so it goes on learning from two halves: its own careless source without a
-hint, which keeps its weakness, and prompts with a hint, answered with the hint. It learns to copy rather than to
-multiply: taught to solve hinted prompts in an order of its own, it multiplied well, and five steps of any method
-brought that out. Every method of the comparison starts from this student.
+student never saw a solution in a prompt, so it goes on learning from two halves: a source without hints that nearly
+always adds where it should multiply two factors of 3 or more, and prompts with a hint, answered with the hint. The
+products that the source spoils are no targets there either: the student learns to copy, and not to multiply. (Where it
+could learn the products, five steps of any method brought them out.) Every method of the comparison starts from it.
 """
 
 from __future__ import annotations
@@ -32,11 +32,13 @@ from task import (  # noqa: E402
     solve,
     solve_carelessly,
 )
-from train_pair import MAX_LENGTH, RECIPES, encode_prompt  # noqa: E402
+from train_pair import MAX_LENGTH, encode_prompt  # noqa: E402
 
 HINT = "{problem}\nhint: {solution}"
 """`teacher.context` of the methods that show a solution."""
 SEED, STEPS, SEQUENCES, LR, WARMUP_STEPS = 13, 600, 64, 1e-3, 30
+CARELESSNESS = 0.9
+SMALLEST_SPOILT_FACTOR = 3  # as in solve_carelessly
 
 
 def with_solutions(records: list[dict[str, object]], seed: int) -> list[dict[str, object]]:
@@ -48,30 +50,47 @@ def with_solutions(records: list[dict[str, object]], seed: int) -> list[dict[str
     ]
 
 
-def training_example(rng: Random, expression: Expression, *, hinted: bool) -> tuple[str, str]:
-    """Content of the user's message and the response."""
+def spoilt_products(expression: Expression, solution: str) -> list[int]:
+    """Character positions of the results, in a correct solution, of products that the careless source may spoil."""
+    found, start = [], 0
+    for step in solution.partition(" ")[0].split("="):
+        index = next(i for i in expression.legal_reductions() if str(expression.reduce(i)) == step)
+        factors = expression.digits[index : index + 2]
+        if expression.operators[index] == "*" and min(factors) >= SMALLEST_SPOILT_FACTOR:
+            found.append(start + 2 * index)
+        expression = expression.reduce(index)
+        start += len(step) + 1
+    return found
+
+
+def training_example(rng: Random, expression: Expression, *, hinted: bool) -> tuple[str, str, list[int]]:
+    """Content of the user's message, the response, and its characters that are no targets."""
     problem = prompt_text(expression)
     if not hinted:
-        return problem, solve_carelessly(expression, rng, RECIPES["student"].carelessness)
+        return problem, solve_carelessly(expression, rng, CARELESSNESS), []
     solution = solve(expression, rng)
-    return HINT.format(problem=problem, solution=solution), solution
+    return HINT.format(problem=problem, solution=solution), solution, spoilt_products(expression, solution)
 
 
 def training_batch(tokenizer: PreTrainedTokenizerFast, rng: Random) -> tuple[torch.Tensor, torch.Tensor]:
     """Right-padded ids and labels (-100 outside the responses), int64 `[SEQUENCES, length]`."""
-    rows, responses = [], []
+    rows, label_rows = [], []
     for index in range(SEQUENCES):
         operands = MIN_OPERANDS + index // 2 % (MAX_OPERANDS - MIN_OPERANDS + 1)
-        content, response = training_example(rng, sample_expression(rng, operands), hinted=index % 2 == 1)
-        rows.append(encode_prompt(tokenizer, content))
-        responses.append([*tokenizer(response).input_ids, tokenizer.eos_token_id])
-    length = max(len(row) + len(response) for row, response in zip(rows, responses, strict=True))
+        expression = sample_expression(rng, operands)
+        content, response, no_targets = training_example(rng, expression, hinted=index % 2 == 1)
+        prompt_ids = encode_prompt(tokenizer, content)
+        response_ids = [*tokenizer(response).input_ids, tokenizer.eos_token_id]
+        rows.append(prompt_ids + response_ids)
+        for position in no_targets:  # before the box, characters and tokens are the same thing
+            response_ids[position] = -100
+        label_rows.append([-100] * len(prompt_ids) + response_ids)
+    length = max(map(len, rows))
     input_ids = torch.full((SEQUENCES, length), tokenizer.pad_token_id)
     labels = torch.full((SEQUENCES, length), -100)
-    for index, (row, response) in enumerate(zip(rows, responses, strict=True)):
-        end = len(row) + len(response)
-        input_ids[index, :end] = torch.tensor(row + response)
-        labels[index, len(row) : end] = torch.tensor(response)
+    for index, (row, label_row) in enumerate(zip(rows, label_rows, strict=True)):
+        input_ids[index, : len(row)] = torch.tensor(row)
+        labels[index, : len(row)] = torch.tensor(label_row)
     return input_ids, labels
 
 

@@ -69,14 +69,24 @@ def test_hinted_examples_are_copies_and_the_others_careless() -> None:
     rng, careless = Random(0), 0
     for _ in range(400):
         expression = hinted_student.sample_expression(rng, 6)
-        content, response = hinted_student.training_example(rng, expression, hinted=True)
+        content, response, no_targets = hinted_student.training_example(rng, expression, hinted=True)
         problem, _, hint = content.partition("\nhint: ")
         assert expression_of(problem) == expression
         assert hint == response and is_valid_solution(expression, response)
-        problem, response = hinted_student.training_example(rng, expression, hinted=False)
-        assert expression_of(problem) == expression
+        assert all(response[place].isdigit() for place in no_targets)
+        problem, response, no_targets = hinted_student.training_example(rng, expression, hinted=False)
+        assert expression_of(problem) == expression and no_targets == []
         careless += not is_valid_solution(expression, response)
-    assert careless > 100
+    assert careless > 200
+
+
+def test_results_of_spoilt_products() -> None:
+    places = hinted_student.spoilt_products
+    assert places(expression_of("Evaluate 7+9*4 modulo 10."), "7+6=3 \\boxed{3}") == [2]
+    assert places(expression_of("Evaluate 2*9*4 modulo 10."), "8*4=2 \\boxed{2}") == [
+        4
+    ]  # 2 * 9 is never spoilt
+    assert places(expression_of("Evaluate 7+9+4 modulo 10."), "6+4=0 \\boxed{0}") == []
 
 
 def test_solutions_belong_to_their_prompts() -> None:
