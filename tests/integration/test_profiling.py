@@ -7,6 +7,8 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
 from sead_megatron.metrics import deterministic_keys
 from sead_megatron.records import read_records
 from tests.integration.jobs import run_job, write_job
@@ -36,6 +38,7 @@ def _times(record: dict[str, object]) -> set[str]:
     return {key.removeprefix("time/") for key in record if key.startswith("time/")}
 
 
+@pytest.mark.slow
 def test_one_step_on_the_last_rank(tmp_path: Path) -> None:
     """Two ranks; the same job with and without a profile."""
     records = {}
