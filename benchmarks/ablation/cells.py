@@ -10,7 +10,7 @@ Overrides = dict[str, object]
 
 STUDENT = "runs/ablation/student"
 DIFFICULTY = "runs/ablation/difficulty.jsonl"
-LEARNING_RATES = (2.5e-4, 5e-4, 1e-3)
+LEARNING_RATES = (5e-4, 1e-3)
 
 COMPONENTS = ("zones", "annealing", "curriculum")
 """The factors of the paper's Table 2, in the order of a cell's name: `sead_101` has zones and the curriculum."""
