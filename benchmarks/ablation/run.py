@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from analysis import summarise  # noqa: E402
-from cells import LEARNING_RATES, METHODS, Overrides, factorial  # noqa: E402
+from cells import LEARNING_RATES, METHODS, SMALLEST_LEARNING_RATE, Overrides, factorial  # noqa: E402
 from hinted_student import evaluation_records, make_hinted_student, with_solutions  # noqa: E402
 from record_run import commit, machine  # noqa: E402
 from task import prompt_records, write_jsonl  # noqa: E402
@@ -126,28 +126,36 @@ def train_all(jobs: list[Job], at_a_time: int) -> None:
         list(pool.map(train, jobs))
 
 
-def validation_jobs() -> dict[str, dict[float, Job]]:
-    """A run of each method at each learning rate."""
-    jobs: dict[str, dict[float, Job]] = {}
-    for method, overrides in METHODS.items():
-        for lr in LEARNING_RATES:
-            settings = {
-                **overrides,
-                "optimizer": {"lr": lr},
-                "evaluation": {"prompts": "runs/ablation/prompts_validation.jsonl", "every": STEPS},
-            }
-            jobs.setdefault(method, {})[lr] = Job(f"validation/{method}_{lr:g}", VALIDATION_SEED, settings)
-    return jobs
-
-
-def validated(jobs: dict[str, dict[float, Job]]) -> dict[str, dict[float, float]]:
-    """Validation accuracy of each method at each learning rate."""
-    return {
-        method: {
-            lr: read_records(job.directory / "evaluations.jsonl")[-1]["accuracy"] for lr, job in by_lr.items()
-        }
-        for method, by_lr in jobs.items()
+def validation_job(method: str, lr: float) -> Job:
+    """A run of a method that is evaluated on the validation prompts."""
+    settings = {
+        **METHODS[method],
+        "optimizer": {"lr": lr},
+        "evaluation": {"prompts": "runs/ablation/prompts_validation.jsonl", "every": STEPS},
     }
+    return Job(f"validation/{method}_{lr:g}", VALIDATION_SEED, settings)
+
+
+def validate(at_a_time: int) -> dict[str, dict[float, float]]:
+    """Validation accuracy of each method at each learning rate; while the smallest is the best, half of it is tried."""
+    accuracies: dict[str, dict[float, float]] = {method: {} for method in METHODS}
+    pending = [(method, lr) for method in METHODS for lr in LEARNING_RATES]
+    while pending:
+        jobs = [validation_job(method, lr) for method, lr in pending]
+        train_all(jobs, at_a_time)
+        for (method, lr), job in zip(pending, jobs, strict=True):
+            accuracies[method][lr] = read_records(job.directory / "evaluations.jsonl")[-1]["accuracy"]
+        pending = [
+            (method, min(rates) / 2)
+            for method, rates in accuracies.items()
+            if best(rates) == min(rates) > SMALLEST_LEARNING_RATE
+        ]
+    return accuracies
+
+
+def best(accuracies: dict[float, float]) -> float:
+    """The learning rate with the highest accuracy; of equal ones the largest."""
+    return max(sorted(accuracies, reverse=True), key=accuracies.__getitem__)
 
 
 def final_jobs(learning_rate: dict[str, float]) -> list[Job]:
@@ -174,10 +182,8 @@ def main() -> None:
     )
     at_a_time = parser.parse_args().jobs
     prepare()
-    trials = validation_jobs()
-    train_all([job for by_lr in trials.values() for job in by_lr.values()], at_a_time)
-    accuracies = validated(trials)
-    learning_rate = {method: max(rates, key=rates.__getitem__) for method, rates in accuracies.items()}
+    accuracies = validate(at_a_time)
+    learning_rate = {method: best(rates) for method, rates in accuracies.items()}
     print("learning rates:", learning_rate, flush=True)
     jobs = final_jobs(learning_rate)
     train_all(jobs, at_a_time)

@@ -44,6 +44,31 @@ def test_every_method_has_as_many_rollouts() -> None:
         assert privileged == config.objective.needs_solutions
 
 
+def test_learning_rates_are_halved_while_that_helps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accuracies as if two methods did best at 2.5e-4 and below every rate; a tie goes to the larger rate."""
+    wanted = {"grpo": 2.5e-4, "egrsd": 0.0, "opd": 1e-3}
+
+    def pretend(jobs: list[run.Job], at_a_time: int) -> None:
+        for job in jobs:
+            method, _, lr = job.name.removeprefix("validation/").partition("_")
+            accuracy = 1 - abs(float(lr) - wanted[method]) if method in wanted else 0.5
+            job.directory.mkdir(parents=True)
+            record = json.dumps({"step": run.STEPS, "accuracy": accuracy})
+            (job.directory / "evaluations.jsonl").write_text(record + "\n")
+
+    monkeypatch.setattr(run, "WORK", tmp_path)
+    monkeypatch.setattr(run, "train_all", pretend)
+    found = run.validate(2)
+    assert set(found["sead"]) == set(found["opd"]) == {5e-4, 1e-3}
+    assert set(found["grpo"]) == set(found["egrsd"]) == {1.25e-4, 2.5e-4, 5e-4, 1e-3}
+    assert {method: run.best(found[method]) for method in ("sead", "opd", "grpo", "egrsd")} == {
+        "sead": 1e-3,
+        "opd": 1e-3,
+        "grpo": 2.5e-4,
+        "egrsd": 1.25e-4,
+    }
+
+
 def test_runs() -> None:
     rates = dict.fromkeys(cells.METHODS, 5e-4)
     jobs = run.final_jobs(rates)
