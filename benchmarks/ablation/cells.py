@@ -44,8 +44,9 @@ METHODS: dict[str, Overrides] = {
     "opd": {"objective": {"name": "opd"}},
     # Threshold, alpha and k as published; so are the sampling settings of the following.
     "eopd": {"objective": {"name": "eopd", "threshold": 0.8, "topk": 16}, "rollout": {"temperature": 1.0}},
+    # Without the clip of later recipes: where teacher and student differ most, at the products, it takes all gradient.
     "opsd": {
-        "objective": {"name": "opsd", "share": 0.5, "clip": 0.05, "temperature": 1.1},
+        "objective": {"name": "opsd", "share": 0.5, "clip": None, "temperature": 1.1},
         "teacher": _HINTED_SELF,
         "rollout": {"temperature": 1.1, "top_p": 0.95, "top_k": 20},
     },
