@@ -87,16 +87,17 @@ def score(config: TrainConfig, prompts: Sequence[Any], rollouts: Sequence[Any]) 
     from sead_megatron.training.step_plan import plan_step
 
     models = build_models(config, torch.device(config.device), prompts)
-    plan = plan_step(rollouts, models.student.model.groups.layout, models.teacher.layout)
+    plan = plan_step(rollouts, models.student.model.groups.layout)
     started = time.perf_counter()
-    scores = models.teacher.score(plan)
+    scores = models.teachers.score(plan)
     seconds = time.perf_counter() - started
     stats = models.student.token_stats(plan, scores)
     destroy_groups()
-    if scores is None or models.teacher_output is None:
+    if scores is None:
         raise RuntimeError("the benchmark runs on one process, which holds the last stage")
     found = {name: stats[name].double() for name in ("forward_kl", "reverse_kl", "teacher_entropy")}
-    return found | {"hidden": scores.hidden, "output": models.teacher_output, "seconds": seconds}
+    (part,) = scores.parts
+    return found | {"hidden": part.hidden, "output": part.output, "seconds": seconds}
 
 
 def teacher_divergence(reference: dict[str, Any], other: dict[str, Any], vocab_size: int) -> float:

@@ -6,7 +6,7 @@ are the local ones: Transformer Engine's, FP8 and the engine are not built.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sead_megatron.config import TrainConfig, check_models
+from sead_megatron.config.schema import ParallelConfig
 from sead_megatron.models.architecture import HFConfig
 from sead_megatron.models.build import BuiltModel, build_model
 from sead_megatron.models.precision import Precision
@@ -46,10 +47,10 @@ class DryRun:
 
     ranks: list[RankMap]
     parameters: dict[int, tuple[int, int]]
-    """Rank -> elements of its student and teacher shards."""
+    """Rank -> elements of its student shard and of all its teacher shards."""
 
 
-def dry_run(config: TrainConfig, student: HFConfig, teacher: HFConfig, world_size: int) -> DryRun:
+def dry_run(config: TrainConfig, student: HFConfig, teachers: Sequence[HFConfig], world_size: int) -> DryRun:
     """Builds groups on every rank and models on one rank of each pair of stages.
 
     `check_models` must have passed. Raises RuntimeError where a model is not what the plan reckons
@@ -62,22 +63,28 @@ def dry_run(config: TrainConfig, student: HFConfig, teacher: HFConfig, world_siz
         Layout(parallel.tensor, parallel.pipeline, world_size)
         for parallel in (config.student.parallel, config.teacher.parallel)
     ]
+    models = [student, *teachers]
     stages = [
         stage_layers(model, parallel.pipeline, parallel.stages)
-        for model, parallel in ((student, config.student.parallel), (teacher, config.teacher.parallel))
+        for model, parallel in zip(models, _parallel(config, models), strict=True)
     ]
     ranks: list[RankMap] = []
     parameters: dict[int, tuple[int, int]] = {}
     seen: set[tuple[int, int]] = set()
     for rank in range(world_size):
         with _rank_of_a_fake_world(rank, world_size):
-            pair = _Pair(config, student, teacher, layouts, stages)
+            built = _Models(config, models, layouts, stages)
             ranks.append(_rank_map(rank, layouts, stages, config.rollout.tensor_parallel))
             kind = (layouts[0].pp_rank(rank), layouts[1].pp_rank(rank))
             if kind not in seen:
                 seen.add(kind)
-                parameters[rank] = pair.build()
+                parameters[rank] = built.build()
     return DryRun(ranks, parameters)
+
+
+def _parallel(config: TrainConfig, models: Sequence[HFConfig]) -> list[ParallelConfig]:
+    """Of the student and each teacher."""
+    return [config.student.parallel, *[config.teacher.parallel] * (len(models) - 1)]
 
 
 @contextmanager
@@ -93,30 +100,29 @@ def _rank_of_a_fake_world(rank: int, world_size: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-class _Pair:
-    """Both models' groups on this rank, and their models when asked for."""
+class _Models:
+    """All models' groups on this rank, and the models when asked for: the student, then the teachers."""
 
     def __init__(
         self,
         config: TrainConfig,
-        student: HFConfig,
-        teacher: HFConfig,
+        models: Sequence[HFConfig],
         layouts: list[Layout],
         stages: list[tuple[int, ...]],
     ) -> None:
         self._config = config
-        self._configs = (student, teacher)
+        self._configs = models
         self._stages = stages
         self._groups = (student_groups(layouts[0]), teacher_groups(layouts[1]))
 
     def build(self) -> tuple[int, int]:
-        """Elements of both shards."""
-        student, teacher = (self._model(index, trainable=index == 0) for index in (0, 1))
-        return student, teacher
+        """Elements of the student's shard, and of the teachers'."""
+        student, *teachers = (self._model(i, trainable=i == 0) for i in range(len(self._configs)))
+        return student, sum(teachers)
 
     def _model(self, index: int, *, trainable: bool) -> int:
-        config, groups, stages = self._configs[index], self._groups[index], self._stages[index]
-        parallel = (self._config.student, self._config.teacher)[index].parallel
+        config, groups, stages = self._configs[index], self._groups[min(index, 1)], self._stages[index]
+        parallel = _parallel(self._config, self._configs)[index]
         with torch.device("meta"):
             model = build_model(
                 config,
@@ -147,7 +153,8 @@ def _compare(model: BuiltModel, planned: dict[str, int]) -> None:
 def _rank_map(rank: int, layouts: list[Layout], stages: list[tuple[int, ...]], engine: int) -> RankMap:
     places = [(layout.dp_rank(rank), layout.pp_rank(rank), layout.tp_rank(rank)) for layout in layouts]
     layers = []
-    for (_, stage, _), sizes in zip(places, stages, strict=True):
+    # The first teacher's: others may have other numbers of layers in the same stages. Of no teacher: none.
+    for (_, stage, _), sizes in zip(places, [*stages, (0,)][:2], strict=True):
         first = sum(sizes[:stage])
         layers.append(range(first, first + sizes[stage]))
     return RankMap(rank, places[0], layers[0], places[1], layers[1], (rank // engine, rank % engine))
@@ -160,13 +167,14 @@ def print_dry_run(config: TrainConfig, world_size: int, ranks_per_node: int) -> 
     """
     models = check_models(config, world_size)
     build_objective(config.objective, config.steps)
-    result = dry_run(config, models.student, models.teacher, world_size)
+    result = dry_run(config, models.student, tuple(models.teachers.values()), world_size)
     console = Console(width=120, highlight=False)
     console.print(rank_table(result, ranks_per_node))
     for rank, (student_size, teacher_size) in result.parameters.items():
         console.print(f"built on rank {rank}: student {student_size:,}, teacher {teacher_size:,} parameters")
+    teacher = models.teacher_layout if models.teachers else "none"
     console.print(
-        f"{world_size} ranks: student {models.student_layout}, teacher {models.teacher_layout}; configuration, layouts "
+        f"{world_size} ranks: student {models.student_layout}, teacher {teacher}; configuration, layouts "
         "and models fit each other"
     )
 
@@ -191,4 +199,4 @@ def rank_table(result: DryRun, ranks_per_node: int) -> Table:
 
 
 def _span(layers: range) -> str:
-    return f"{layers.start}-{layers.stop - 1}"
+    return f"{layers.start}-{layers.stop - 1}" if layers else "none"

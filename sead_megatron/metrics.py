@@ -86,9 +86,18 @@ _TABLE = [
     Metric("rollout/logprob_diff_max", "nats", "|engine - trainer| logprob of sampled tokens, maximum"),
     Metric("advantage/mean", "nats", "advantage of the sampled tokens, mean over response tokens"),
     Metric("importance/mean", "", "importance weight q(y) / mu(y) after clipping, mean over response tokens"),
-    Metric("importance/clipped", "share", "response tokens whose importance weight was clipped"),
+    Metric(
+        "importance/clipped",
+        "share",
+        "response tokens whose importance weight was clipped, or 0 for being out of bounds",
+    ),
     Metric("reward/mean", "", "reward with the objective's bonuses and penalties, mean over rollouts"),
     Metric("reward/equal_groups", "share", "rollouts of prompts whose rewards are all equal (no advantage)"),
+    Metric(
+        "domain/<domain>/reverse_kl",
+        "nats",
+        "log q(y) - log p(y) of the sampled tokens of a domain's prompts, mean; one key each (mopd)",
+    ),
     Metric("gate/mean", "", "entropy gate of EGRSD, mean over response tokens"),
     Metric("length_curriculum/stage", "", "stage of the length curriculum (decoupled), from 0"),
     Metric("tokens/active", "tokens", "response tokens with a non-zero coefficient"),
@@ -127,17 +136,18 @@ _TABLE = [
     Metric("memory/peak_bytes", "bytes", "largest peak of memory over the ranks", deterministic=False),
 ]
 
-_BENCHMARK_PREFIX = "evaluation/"
+# Keys with a name of the user's: a benchmark's file, a domain of the prompts.
+_OPEN_PREFIXES = ("evaluation/", "domain/")
 
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _TABLE}
 
 
 def check_keys(keys: Iterable[str]) -> None:
-    """Raise ValueError for keys that are not in the table (a non-finite value's marker key is, and a benchmark's)."""
+    """Raise ValueError for keys that are not in the table (those of non-finite values, benchmarks and domains are)."""
     unknown = sorted(
         key
         for key in keys
-        if key.removesuffix(NONFINITE_SUFFIX) not in METRICS and not key.startswith(_BENCHMARK_PREFIX)
+        if key.removesuffix(NONFINITE_SUFFIX) not in METRICS and not key.startswith(_OPEN_PREFIXES)
     )
     if unknown:
         raise ValueError(f"unknown metric keys {unknown}: add them to sead_megatron/metrics.py")

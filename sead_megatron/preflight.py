@@ -49,18 +49,19 @@ def preflight(config: TrainConfig, local_world_size: int = 1, world_size: int | 
     thing that is wrong.
     """
     _check_machine(config, local_world_size)
-    student, teacher = (read_hf_config(path) for path in (config.student.path, config.teacher.path))
+    student = read_hf_config(config.student.path)
+    teachers = {path: read_hf_config(path) for path in config.teacher.directories}
     reference = None if config.reference is None else read_hf_config(config.reference.path)
-    check_memory(
-        config, student, teacher, world_size or local_world_size, local_world_size, reference=reference
-    )
+    world = world_size or local_world_size
+    check_memory(config, student, tuple(teachers.values()), world, local_world_size, reference=reference)
     _check_run(config)
     check_disk(config, student)
     check_weights(config.student.path, student)
-    check_weights(config.teacher.path, teacher)
+    for path, teacher in teachers.items():
+        check_weights(path, teacher)
     if config.reference is not None and reference is not None:
         check_weights(config.reference.path, reference)
-    _check_prompts(config, min(student.vocab_size, teacher.vocab_size))
+    _check_prompts(config, min(model.vocab_size for model in (student, *teachers.values())))
 
 
 def _check_machine(config: TrainConfig, local_world_size: int) -> None:

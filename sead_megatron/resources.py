@@ -27,7 +27,7 @@ CPU_PROCESS_BYTES = GIB
 def check_memory(
     config: TrainConfig,
     student: HFConfig,
-    teacher: HFConfig,
+    teachers: tuple[HFConfig, ...],
     world_size: int,
     local_world_size: int,
     reference: HFConfig | None = None,
@@ -36,10 +36,10 @@ def check_memory(
     if config.device == "cuda":
         properties = torch.cuda.get_device_properties(0)
         device = device_with_memory(properties.name, properties.total_memory)
-        memory = plan_memory(Run(config, student, teacher, world_size, device, reference))
+        memory = plan_memory(Run(config, student, teachers, world_size, device, reference))
         check_fit(memory, device.memory_bytes, device.name)
         return
-    memory = plan_memory(Run(config, student, teacher, world_size, None, reference))
+    memory = plan_memory(Run(config, student, teachers, world_size, None, reference))
     # Of the ranks that could run here; which of them do is torchrun's choice.
     here = sorted((rank.peak for rank in memory), reverse=True)[:local_world_size]
     needed = sum(here) + CPU_PROCESS_BYTES * local_world_size
@@ -55,10 +55,11 @@ def check_memory(
 
 
 def checkpoint_bytes(config: TrainConfig, student: HFConfig) -> int:
-    """A checkpoint of the whole world: parameters, float32 masters and both moments."""
+    """A checkpoint of the whole world: parameters, float32 masters and both moments; a moving teacher's averages."""
     shapes = WeightMap(FAMILIES[student.architecture], student).hf_shapes()
     parameters = sum(torch.Size(shape).numel() for shape in shapes.values())
-    return parameters * (12 if config.precision.student == "float32" else 14)
+    averages = 0 if config.teacher.ema is None else 4
+    return parameters * ((12 if config.precision.student == "float32" else 14) + averages)
 
 
 def check_disk(config: TrainConfig, student: HFConfig) -> None:

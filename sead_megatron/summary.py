@@ -27,7 +27,7 @@ def summary_rows(run_dir: Path) -> list[Row]:
         raise UserError(str(run.metrics_path), None, "holds no finished step", "train first")
     rows: list[Row] = [
         ("student", config.student.path),
-        ("teacher", config.teacher.path),
+        ("teacher", config.teacher.label),
         ("objective", config.objective.name),
         ("steps", f"{records[-1]['step']} of {config.steps}"),
     ]

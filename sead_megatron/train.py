@@ -33,7 +33,7 @@ from sead_megatron.training.job import Job, build_job, run_path
 from sead_megatron.training.scoring import with_reference_column, with_teacher_columns
 from sead_megatron.training.step_plan import StepPlan, plan_step
 from sead_megatron.training.student import Update
-from sead_megatron.training.teacher import TeacherScores
+from sead_megatron.training.teachers import Scores
 from sead_megatron.wandb_logger import WandbLogger
 
 log = logging.getLogger(__name__)
@@ -83,8 +83,8 @@ class Trainer:
         with self.phase("rollout"):
             rollouts, passed = self.roll_out()
         with self.phase("teacher"):
-            plan = plan_step(rollouts, job.models.student.model.groups.layout, job.models.teacher.layout)
-            scores = job.models.teacher.score(plan)
+            plan = plan_step(rollouts, job.models.student.model.groups.layout, self.teacher_of(rollouts))
+            scores = job.models.teachers.score(plan)
             table = TokenTable.from_rollouts(rollouts, job.device, self.facts(rollouts, passed))
             table = with_teacher_columns(job.models, job.objective, plan, scores, table)
             table = with_reference_column(job.models, plan, table)
@@ -94,6 +94,8 @@ class Trainer:
         coefficients = job.objective.coefficients(table, self.step)
         with self.phase("update"):
             update = job.models.student.train_step(plan, scores, coefficients)
+        if job.models.moving is not None and update.applied:
+            job.models.moving.follow()
         self.count_skipped(update)
         self.step += 1
         with self.phase("sync"):
@@ -119,6 +121,13 @@ class Trainer:
         ]
         return rollouts, passed
 
+    def teacher_of(self, rollouts: list[Rollout]) -> list[int]:
+        """The number of the teacher that scores each rollout."""
+        prompts, teacher = self.job.prompts, self.config.teacher
+        if not teacher.directories:
+            return [0] * len(rollouts)
+        return [teacher.index_of(prompts[rollout.prompt_index].domain) for rollout in rollouts]
+
     def facts(self, rollouts: list[Rollout], passed: list[bool | None]) -> RolloutFacts:
         """What an objective may know of whole rollouts."""
         return rollout_facts(
@@ -135,7 +144,7 @@ class Trainer:
         every = self.config.metrics.full_stats_every
         return self.job.objective.needs_token_stats(self.step) or bool(every and self.step % every == 0)
 
-    def token_stats(self, plan: StepPlan, scores: TeacherScores | None, table: TokenTable) -> TokenTable:
+    def token_stats(self, plan: StepPlan, scores: Scores | None, table: TokenTable) -> TokenTable:
         """The table with the trainer's statistics of every token, where this step has them.
 
         A column that is there stays, unless the objective asks for the trainer's: measuring more than the objective
@@ -243,13 +252,19 @@ class Trainer:
         checkpoint_due = self.step == config.steps or self.step % config.checkpoint.every == 0
         if checkpoint_due:
             with self.phase("checkpoint"):
-                write_checkpoint(self.run.checkpoints_path, self.step, job.models.student, self.state())
+                models = job.models
+                write_checkpoint(
+                    self.run.checkpoints_path, self.step, models.student, self.state(), models.moving
+                )
         times = self.progress.take_times()
         record |= times | {"tokens_per_second": table.num_tokens / max(sum(times.values()), 1e-9)}
         peak = device_peak_flops(job.device)
         if peak is not None:
-            models = job.models.student.model.config, job.models.teacher.config
-            flops = step_flops(*models, tokens=sum(rollout.length for rollout in rollouts))
+            members = job.models.teachers.members
+            pairs = zip(self.teacher_of(rollouts), rollouts, strict=True)
+            scored = [(members[i].config, rollout.length) for i, rollout in pairs] if members else []
+            tokens = sum(rollout.length for rollout in rollouts)
+            flops = step_flops(job.models.student.model.config, tokens, scored)
             seconds = times["time/teacher"] + times["time/update"]
             record["mfu"] = flops / (seconds * peak * dist.get_world_size())
         if evaluation is not None:
@@ -290,7 +305,7 @@ class Trainer:
         if steps:
             path = checkpoint_path(self.run.checkpoints_path, steps[-1])
             state = read_state(path)
-            load_checkpoint(path, self.job.models.student)
+            load_checkpoint(path, self.job.models.student, self.job.models.moving)
             self.step = state["step"]
             self.skipped_steps = state["skipped_steps"]
             self.skipped_in_a_row = state["skipped_in_a_row"]

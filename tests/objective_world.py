@@ -121,7 +121,7 @@ def make_objective(name: str, total_steps: int = 4, **settings: Any) -> Objectiv
     return build_objective(OBJECTIVES[name][0].model_validate({"name": name, **settings}), total_steps)
 
 
-def loss_gradient(world: World, coefficients: Coefficients) -> Tensor:
+def loss_gradient(world: World, coefficients: Coefficients, *, has_teacher: bool = True) -> Tensor:
     """dL/dz [N, V] by the trainer's own loss and kernels: logits as hidden states, the identity as output layer."""
     from sead_kernels.split_kl import TileOptions, VocabShard
 
@@ -132,9 +132,8 @@ def loss_gradient(world: World, coefficients: Coefficients) -> Tensor:
     shard = VocabShard(start=0, valid=VOCABULARY)
     context = LossContext(shard, None, 1.0, TileOptions(backend="torch", tokens=8, vocab=4))
     weights = (coefficients.weights.double() / coefficients.normalizer).float()
-    result = token_loss(
-        logits, identity, world.teacher, identity, world.labels, weights, coefficients.divergence, context
-    )
+    teacher = (world.teacher, identity) if has_teacher else None
+    result = token_loss(logits, identity, teacher, world.labels, weights, coefficients.divergence, context)
     (gradient,) = torch.autograd.grad(result.loss, logits)
     return gradient
 

@@ -92,11 +92,11 @@ def _plan(options: argparse.Namespace) -> int:
     assumptions = Assumptions(**{field.name: getattr(options, field.name) for field in fields(Assumptions)})
     if options.search:
         student = read_hf_config(config.student.path, "student.path")
-        teacher = read_hf_config(config.teacher.path, "teacher.path")
+        teachers = tuple(read_hf_config(path, field) for path, field in config.teacher.directories.items())
         reference = None
         if config.reference is not None:
             reference = read_hf_config(config.reference.path, "reference.path")
-        run = Run(config, student, teacher, options.world_size, device, reference)
+        run = Run(config, student, teachers, options.world_size, device, reference)
         found = search(
             run, lengths, assumptions, count=options.count, fp8_rollouts=not options.no_fp8_rollouts
         )
@@ -110,7 +110,8 @@ def _plan(options: argparse.Namespace) -> int:
         print_plan(render_candidates(found))
         return 0
     models = check_models(config, options.world_size)
-    run = Run(config, models.student, models.teacher, options.world_size, device, models.reference)
+    teachers = tuple(models.teachers.values())
+    run = Run(config, models.student, teachers, options.world_size, device, models.reference)
     plan = Plan(run, plan_memory(run), estimate(run, lengths, assumptions), lengths, assumptions)
     if options.format == "json":
         print(json.dumps(as_json(plan), indent=1))

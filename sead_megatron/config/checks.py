@@ -6,6 +6,7 @@ from sead_megatron.config.checks_fields import check_fields, check_model_limits,
 from sead_megatron.config.checks_inputs import check_inputs
 from sead_megatron.config.checks_layout import check_layouts, check_reference
 from sead_megatron.config.checks_precision import check_precision
+from sead_megatron.config.checks_teacher import check_moving
 from sead_megatron.config.schema import TrainConfig
 from sead_megatron.models.architecture import HFConfig
 from sead_megatron.models.hf_config import read_hf_config
@@ -17,7 +18,8 @@ class CheckedRun:
     """What the checks found out on their way."""
 
     student: Layout
-    teacher: Layout
+    teacher: Layout | None
+    """None where there is none."""
     engine_tensor_parallel: int
     prompts: int
     epochs: float
@@ -26,8 +28,9 @@ class CheckedRun:
     def summary(self, curriculum: str) -> str:
         """The run in a few lines, for people."""
         world = self.student.world
+        teacher = "no teacher" if self.teacher is None else f"teacher {self.teacher}"
         lines = [
-            f"world size {world}: student {self.student}, teacher {self.teacher}, "
+            f"world size {world}: student {self.student}, {teacher}, "
             f"{world // self.engine_tensor_parallel} engines of TP{self.engine_tensor_parallel}",
             f"{self.prompts} prompts, {self.epochs:.2f} epochs, curriculum {curriculum}",
         ]
@@ -40,32 +43,35 @@ class CheckedRun:
 
 @dataclass(frozen=True)
 class CheckedModels:
-    """All architectures, and the layouts of student and teacher."""
+    """All architectures, and the layouts of student and teachers."""
 
     student: HFConfig
-    teacher: HFConfig
+    teachers: dict[str, HFConfig]
+    """By the fields that name them, in the order of `teacher.directories`."""
     student_layout: Layout
     teacher_layout: Layout
     reference: HFConfig | None = None
 
 
 def check_models(config: TrainConfig, world_size: int) -> CheckedModels:
-    """Check the fields and the layouts on `world_size` ranks; of the files, only both config.json are read.
+    """Check the fields and the layouts on `world_size` ranks; of the files, only each config.json is read.
 
     Raises UserError for the first mistake.
     """
     check_fields(config)
     check_profile(config.profile, config.steps, world_size)
     student = read_hf_config(config.student.path, "student.path")
-    teacher = read_hf_config(config.teacher.path, "teacher.path")
-    check_model_limits(config, student, teacher)
-    layouts = check_layouts(config, world_size, student, teacher)
+    fields = config.teacher.directories
+    teachers = {field: read_hf_config(path, field) for path, field in fields.items()}
+    check_model_limits(config, student, teachers)
+    check_moving(config, student, teachers)
+    layouts = check_layouts(config, world_size, student, teachers)
     reference = None
     if config.reference is not None:
         reference = read_hf_config(config.reference.path, "reference.path")
         check_reference(config.reference, world_size, layouts[0], student, reference)
-    check_precision(config, student, teacher)
-    return CheckedModels(student, teacher, *layouts, reference)
+    check_precision(config, student, teachers)
+    return CheckedModels(student, teachers, *layouts, reference)
 
 
 def check_config(config: TrainConfig, world_size: int) -> CheckedRun:
@@ -74,7 +80,7 @@ def check_config(config: TrainConfig, world_size: int) -> CheckedRun:
     prompts = check_inputs(config)
     return CheckedRun(
         models.student_layout,
-        models.teacher_layout,
+        models.teacher_layout if models.teachers else None,
         config.rollout.tensor_parallel,
         prompts,
         config.steps * config.data.prompts_per_step / prompts,

@@ -1,5 +1,7 @@
 """Do the fields agree with each other and with the models' config.json? No file is opened here."""
 
+from collections.abc import Mapping
+
 from sead_megatron.config.checks_objective import check_objective
 from sead_megatron.config.schema import ProfileConfig, TrainConfig
 from sead_megatron.errors import UserError, alternatives
@@ -19,9 +21,10 @@ def check_fields(config: TrainConfig) -> None:
         raise UserError("rollout.kv_cache_gib", None, "required with device: cpu", "use for example 1.0")
 
 
-def check_model_limits(config: TrainConfig, student: HFConfig, teacher: HFConfig) -> None:
+def check_model_limits(config: TrainConfig, student: HFConfig, teachers: Mapping[str, HFConfig]) -> None:
     """Everything that a field and a model's config.json decide together, layouts aside. Raises UserError."""
-    for name, model in (("student", student), ("teacher", teacher)):
+    owners = {config.teacher.owner_of(field): teacher for field, teacher in teachers.items()}
+    for name, model in {"student": student, **owners}.items():
         if config.rollout.max_model_len > model.max_position_embeddings:
             raise UserError(
                 "rollout.max_model_len",
@@ -34,17 +37,16 @@ def check_model_limits(config: TrainConfig, student: HFConfig, teacher: HFConfig
             "student.path", config.student.path, f"vLLM cannot serve it: {reason}", "use another student"
         )
     objective = config.objective
-    if (
-        isinstance(objective, SeadObjective)
-        and objective.teacher_entropy == "topk"
-        and objective.teacher_topk > teacher.vocab_size
-    ):
-        raise UserError(
-            "objective.teacher_topk",
-            objective.teacher_topk,
-            f"must be at most the teacher's vocab_size ({teacher.vocab_size})",
-            "use for example 64",
-        )
+    if not isinstance(objective, SeadObjective) or objective.teacher_entropy != "topk":
+        return
+    for name, teacher in owners.items():
+        if objective.teacher_topk > teacher.vocab_size:
+            raise UserError(
+                "objective.teacher_topk",
+                objective.teacher_topk,
+                f"must be at most the {name}'s vocab_size ({teacher.vocab_size})",
+                "use for example 64",
+            )
 
 
 def check_profile(profile: ProfileConfig, steps: int, world_size: int) -> None:

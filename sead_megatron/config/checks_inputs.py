@@ -23,7 +23,7 @@ def check_inputs(config: TrainConfig) -> int:
     _check_tokenizers(config)
     prompts = _check_prompts(config)
     reference = [] if config.reference is None else [config.reference.path]
-    for directory in (config.student.path, config.teacher.path, *reference):
+    for directory in (config.student.path, *config.teacher.directories, *reference):
         if is_distributed(directory):
             check_converted(directory)
         else:
@@ -32,16 +32,17 @@ def check_inputs(config: TrainConfig) -> int:
 
 
 def _check_tokenizers(config: TrainConfig) -> None:
-    if config.tokenizer is None:
-        check_same_tokenizer(config.student.path, config.teacher.path)
-    else:
+    teachers = config.teacher.directories
+    if config.tokenizer is not None:
         if not Path(config.tokenizer).is_dir():
             raise UserError(
                 "tokenizer", config.tokenizer, "no such directory", "give a local tokenizer directory"
             )
         check_same_tokenizer(config.tokenizer, config.student.path, "tokenizer", "student.path")
-        check_same_tokenizer(config.tokenizer, config.teacher.path, "tokenizer", "teacher.path")
-        check_same_tokenizer(config.student.path, config.teacher.path)
+        for path, field in teachers.items():
+            check_same_tokenizer(config.tokenizer, path, "tokenizer", field)
+    for path, field in teachers.items():
+        check_same_tokenizer(config.student.path, path, "student.path", field)
     if config.reference is not None:
         check_same_tokenizer(config.student.path, config.reference.path, "student.path", "reference.path")
 

@@ -1,5 +1,7 @@
 """Do the layouts fit the world and the models? Rank arithmetic only."""
 
+from collections.abc import Mapping
+
 from sead_megatron.config.schema import ParallelConfig, ReferenceConfig, TrainConfig
 from sead_megatron.errors import UserError, alternatives
 from sead_megatron.models.architecture import HFConfig
@@ -7,17 +9,23 @@ from sead_megatron.parallel.layout import Layout, check_nested
 
 
 def check_layouts(
-    config: TrainConfig, world_size: int, student: HFConfig, teacher: HFConfig
+    config: TrainConfig, world_size: int, student: HFConfig, teachers: Mapping[str, HFConfig]
 ) -> tuple[Layout, Layout]:
-    """The layouts of student and teacher. Raises UserError for the first that cannot be."""
-    layouts = (
-        _model_layout("student.parallel", config.student.parallel, student, world_size),
-        _model_layout("teacher.parallel", config.teacher.parallel, teacher, world_size),
-    )
-    check_nested(*layouts)
+    """The layouts of student and teachers, which are given by the fields that name them.
+
+    Raises UserError for the first that cannot be.
+    """
+    student_layout = _model_layout("student.parallel", config.student.parallel, student, world_size)
+    parallel = config.teacher.parallel
+    for field, teacher in teachers.items():
+        # Of several teachers a message says which one.
+        owner = "" if field == "teacher.path" else f"the {config.teacher.owner_of(field)}'s "
+        _model_layout("teacher.parallel", parallel, teacher, world_size, owner)
+    teacher_layout = Layout(parallel.tensor, parallel.pipeline, world_size)  # of no teacher: DP only
+    check_nested(student_layout, teacher_layout)
     check_engine(config.rollout.tensor_parallel, student, world_size)
-    _check_sequences(config, layouts[0].data)
-    return layouts
+    _check_sequences(config, student_layout.data)
+    return student_layout, teacher_layout
 
 
 def check_reference(
@@ -39,7 +47,9 @@ def _divisors(number: int) -> list[int]:
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
-def _model_layout(what: str, parallel: ParallelConfig, model: HFConfig, world_size: int) -> Layout:
+def _model_layout(
+    what: str, parallel: ParallelConfig, model: HFConfig, world_size: int, owner: str = ""
+) -> Layout:
     tensor, pipeline = parallel.tensor, parallel.pipeline
     dimensions = _cut_dimensions(model)
     possible = [
@@ -50,9 +60,12 @@ def _model_layout(what: str, parallel: ParallelConfig, model: HFConfig, world_si
     for name, dimension in dimensions:
         if dimension % tensor:
             raise UserError(
-                f"{what}.tensor", tensor, f"must divide {name} ({dimension})", f"use {alternatives(possible)}"
+                f"{what}.tensor",
+                tensor,
+                f"must divide {owner}{name} ({dimension})",
+                f"use {alternatives(possible)}",
             )
-    _check_stages(what, parallel, model)
+    _check_stages(what, parallel, model, owner)
     if world_size % (tensor * pipeline):
         blocks = [
             f"{t} x {p}"
@@ -81,12 +94,12 @@ def _cut_dimensions(model: HFConfig) -> list[tuple[str, int]]:
     ]
 
 
-def _check_stages(what: str, parallel: ParallelConfig, model: HFConfig) -> None:
+def _check_stages(what: str, parallel: ParallelConfig, model: HFConfig, owner: str) -> None:
     if parallel.pipeline > model.num_layers:
         raise UserError(
             f"{what}.pipeline",
             parallel.pipeline,
-            f"must be at most num_hidden_layers ({model.num_layers}): every stage holds a layer",
+            f"must be at most {owner}num_hidden_layers ({model.num_layers}): every stage holds a layer",
             f"use at most {model.num_layers}",
         )
     stages = parallel.stages
@@ -94,7 +107,7 @@ def _check_stages(what: str, parallel: ParallelConfig, model: HFConfig) -> None:
         raise UserError(
             f"{what}.stages",
             stages,
-            f"must be {parallel.pipeline} numbers that add up to num_hidden_layers ({model.num_layers})",
+            f"must be {parallel.pipeline} numbers that add up to {owner}num_hidden_layers ({model.num_layers})",
             "leave it out: stages are then balanced by parameters",
         )
 

@@ -1,5 +1,6 @@
 """Has the objective what it needs, and are its rollouts drawn from the distribution that its loss assumes?"""
 
+from sead_megatron.config.checks_teacher import check_domains, check_needed
 from sead_megatron.config.schema import TrainConfig
 from sead_megatron.data.prompts import PromptRecord
 from sead_megatron.errors import UserError
@@ -35,6 +36,7 @@ def check_objective(config: TrainConfig) -> None:
             f"objective {objective.name} as it is set reads no reference model",
             "remove the section",
         )
+    check_needed(config)
     _check_context(config)
     objective.check(config)
 
@@ -94,3 +96,5 @@ def check_prompts_for(config: TrainConfig, prompts: list[PromptRecord]) -> None:
                 f"missing in {len(without)} of {len(prompts)} prompts, the first {without[0]!r}; {reason}",
                 "add it or remove these prompts",
             )
+    if config.objective.needs_teacher:
+        check_domains(config, prompts)

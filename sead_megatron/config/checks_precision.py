@@ -1,5 +1,7 @@
 """Can the models be computed in the formats that the configuration asks for? No file is opened here."""
 
+from collections.abc import Mapping
+
 from sead_megatron.config.schema import FP8_RECIPES, TrainConfig
 from sead_megatron.errors import UserError
 from sead_megatron.models.architecture import HFConfig, YarnRope
@@ -8,7 +10,7 @@ from sead_megatron.models.architecture import HFConfig, YarnRope
 _FP8_MULTIPLE = {"tensorwise": 16, "blockwise": 16, "mxfp8": 32}
 
 
-def check_precision(config: TrainConfig, student: HFConfig, teacher: HFConfig) -> None:
+def check_precision(config: TrainConfig, student: HFConfig, teachers: Mapping[str, HFConfig]) -> None:
     """Raises UserError for a format that the device or a model's shape does not allow."""
     precision = config.precision
     for name, value in (("student", precision.student), ("teacher", precision.teacher)):
@@ -22,11 +24,15 @@ def check_precision(config: TrainConfig, student: HFConfig, teacher: HFConfig) -
     if config.rollout.quantization == "fp8" and config.device == "cpu":
         raise UserError("rollout.quantization", "fp8", "needs a GPU, not device: cpu", "use none")
     _check_widths("student", precision.student, student, config.student.parallel.tensor)
-    _check_widths("teacher", precision.teacher, teacher, config.teacher.parallel.tensor)
-    if config.teacher.yarn_layers == "all" and not isinstance(teacher.rope.scaling, YarnRope):
-        raise UserError(
-            "teacher.yarn_layers", "all", "the teacher has no YaRN rope scaling", "use full_attention"
-        )
+    for field, teacher in teachers.items():
+        _check_widths("teacher", precision.teacher, teacher, config.teacher.parallel.tensor)
+        if config.teacher.yarn_layers == "all" and not isinstance(teacher.rope.scaling, YarnRope):
+            raise UserError(
+                "teacher.yarn_layers",
+                "all",
+                f"the {config.teacher.owner_of(field)} has no YaRN rope scaling",
+                "use full_attention",
+            )
 
 
 def _check_widths(name: str, precision: str, model: HFConfig, tensor: int) -> None:

@@ -23,6 +23,7 @@ _CONSTRAINTS = {
     "bool_type": "must be true or false",
     "string_type": "must be text",
     "list_type": "must be a list",
+    "dict_type": _SECTION,
     "too_short": "must not be empty",
     "string_too_short": "must not be empty",
     "finite_number": "must be finite",

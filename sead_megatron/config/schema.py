@@ -49,14 +49,18 @@ class StudentConfig(Section):
 
 
 class TeacherConfig(Section):
-    """The frozen model that scores the student's rollouts."""
+    """The frozen model that scores the student's rollouts, or several of them, each for its domains."""
 
-    path: Name = Field(examples=["models/teacher"])
-    """Hugging Face directory of the teacher."""
+    path: Name | None = Field(default=None, examples=["models/teacher"])
+    """Hugging Face directory of the teacher; with `domains`, of the one for the prompts of every other domain, and of
+    none. Not needed where `domains` has all of them or the objective reads no teacher."""
+    domains: dict[Name, Name] = Field(default={}, examples=[{"math": "models/math_teacher"}])
+    """Directories of other teachers by the prompts' `domain`: a rollout is scored by its prompt's teacher alone. Of any
+    size and family, with the student's vocabulary; all in one layout and precision. One directory is loaded once."""
     parallel: ParallelConfig = ParallelConfig()
-    """Layout of the teacher over the same ranks; its blocks must nest with the student's."""
+    """Layout of each teacher over the same ranks; its blocks must nest with the student's."""
     yarn_layers: Literal["full_attention", "all"] = "full_attention"
-    """Layers of an OLMo-3 teacher whose rotary embedding YaRN scales: those of full attention, as it was trained, or
+    """Layers of OLMo-3 teachers whose rotary embedding YaRN scales: those of full attention, as it was trained, or
     all, as some versions of transformers compute it."""
     offload_hidden: bool = False
     """Keep the teacher's hidden states in host memory until their microbatch needs them."""
@@ -64,6 +68,36 @@ class TeacherConfig(Section):
     """What the teacher reads in place of the last message of a prompt: `{problem}` is that message, `{solution}` the
     prompt's `solution` (a gold solution that the student does not see). Default: the teacher reads what the student
     reads."""
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(default=None, examples=[0.999])
+    """Decay of a teacher that follows the student: it starts from `path`, which must be of the student's architecture
+    and is cut by the student's `parallel`, and becomes `ema` * teacher + (1 - `ema`) * student after each step, in
+    float32 (OPSD 0.999). Default: it stays as it is."""
+
+    @property
+    def directories(self) -> dict[str, str]:
+        """Directory of each teacher, once, -> the field that names it first."""
+        fields = {} if self.path is None else {self.path: "teacher.path"}
+        for domain, path in self.domains.items():
+            fields.setdefault(path, f"teacher.domains.{domain}")
+        return fields
+
+    def index_of(self, domain: str | None) -> int:
+        """Which of `directories` scores the prompts of a domain. Raises KeyError when none does."""
+        path = self.path if domain is None else self.domains.get(domain, self.path)
+        if path is None:
+            raise KeyError(f"no teacher for the domain {domain!r}")
+        return list(self.directories).index(path)
+
+    @staticmethod
+    def owner_of(field: str) -> str:
+        """What a teacher is called in messages, by the field that names it."""
+        return "teacher" if field == "teacher.path" else f"{field.removeprefix('teacher.domains.')} teacher"
+
+    @property
+    def label(self) -> str:
+        """All teachers in a line, for people."""
+        others = [f"{domain}: {path}" for domain, path in self.domains.items()]
+        return ", ".join(([] if self.path is None else [self.path]) + others) or "none"
 
 
 class ReferenceConfig(Section):
@@ -307,8 +341,8 @@ class TrainConfig(Section):
     """Directory of the tokenizer and chat template. Default: `student.path`."""
     student: StudentConfig
     """The model that is trained."""
-    teacher: TeacherConfig
-    """The model that scores."""
+    teacher: TeacherConfig = TeacherConfig()
+    """The model that scores, or several. Without a directory there is none: for objectives that read no teacher."""
     reference: ReferenceConfig | None = Field(default=None, examples=[{"path": "models/student"}])
     """The reference model of `gopd` and of GRPO's KL term. It is computed in the teacher's precision."""
     precision: PrecisionConfig = PrecisionConfig()

@@ -74,8 +74,8 @@ def find_parameters(directory: str | Path, config: HFConfig, metadata: Metadata)
     stored = {
         key: entry
         for key, entry in metadata.state_dict_metadata.items()
-        # The optimizer's state in a checkpoint of a run.
-        if isinstance(entry, TensorStorageMetadata) and not key.startswith("optimizer.")
+        # The optimizer's state in a checkpoint of a run, and a teacher that follows the student.
+        if isinstance(entry, TensorStorageMetadata) and not key.startswith(("optimizer.", "teacher."))
     }
     parameters = stored_parameters(config, not any(key.startswith("decoder.layers.0.") for key in stored))
     path = Path(directory) / DCP_METADATA

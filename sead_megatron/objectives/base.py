@@ -51,6 +51,11 @@ class ObjectiveSection(Section):
         return False
 
     @property
+    def needs_teacher(self) -> bool:
+        """Whether a teacher must be configured; where not, there is none, in no pass and in no memory."""
+        return True
+
+    @property
     def needs_reference(self) -> bool:
         """Whether a reference model must be configured."""
         return False

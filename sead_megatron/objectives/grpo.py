@@ -42,6 +42,10 @@ class GrpoObjective(PolicyGradientSection):
     min_samples_per_prompt: ClassVar[int] = 2
 
     @property
+    def needs_teacher(self) -> bool:
+        return self.distillation > 0
+
+    @property
     def needs_reference(self) -> bool:
         return self.reference_kl > 0
 

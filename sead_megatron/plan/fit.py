@@ -19,6 +19,7 @@ _REMEDIES = {
     "optimizer moments": "set optimizer.distributed to true, or use more ranks",
     "teacher weights": "raise teacher.parallel.tensor or pipeline, or set precision.teacher to an FP8 format",
     "teacher output layer": "raise student.parallel.tensor",
+    "teacher averages": "raise student.parallel and teacher.parallel, or leave out teacher.ema",
     "reference model": "raise reference.parallel.tensor or pipeline",
     "teacher activations": "lower batch.max_tokens_per_microbatch, or raise teacher.parallel.tensor",
     "teacher hidden states": "set teacher.offload_hidden to true",

@@ -39,7 +39,7 @@ class Run:
 
     config: TrainConfig
     student: HFConfig
-    teacher: HFConfig
+    teachers: tuple[HFConfig, ...]
     world: int
     device: Device | None
     """None on the CPU, where Transformer Engine's layers do not run and engines do not sleep."""
@@ -53,7 +53,7 @@ class Run:
 
     @property
     def teacher_layout(self) -> Layout:
-        """The teacher's layout over the world."""
+        """The teachers' layout over the world."""
         return _layout(self.config.teacher.parallel, self.world)
 
     @property
@@ -141,9 +141,10 @@ class _Planner:
         self._student_stages = stage_layers(
             run.student, config.student.parallel.pipeline, config.student.parallel.stages
         )
-        self._teacher_stages = stage_layers(
-            run.teacher, config.teacher.parallel.pipeline, config.teacher.parallel.stages
-        )
+        parallel = config.teacher.parallel
+        self._teacher_stages = [
+            stage_layers(teacher, parallel.pipeline, parallel.stages) for teacher in run.teachers
+        ]
         self._student_element = 4 if config.precision.student == "float32" else 2
         self._teacher_element = 4 if config.precision.teacher == "float32" else 2
         self._row = config.batch.max_tokens_per_microbatch
@@ -165,11 +166,15 @@ class _Planner:
             "student weights": trained.parameters,
             "gradients": trained.gradients,
             "optimizer masters": trained.masters,
-            "teacher weights": self._frozen_bytes(
-                run.teacher, teacher.tensor, self._teacher_stages, teacher_stage
+            "teacher weights": sum(
+                self._frozen_bytes(model, teacher.tensor, stages, teacher_stage)
+                for model, stages in zip(run.teachers, self._teacher_stages, strict=True)
             ),
-            "teacher output layer": self._output_bytes(run.teacher, stage),
+            "teacher output layer": sum(self._output_bytes(model, stage) for model in run.teachers),
         }
+        if run.config.teacher.ema is not None and self._teacher_element == 2:
+            # In float32, of every parameter of the student, whose layout is the teacher's.
+            always["teacher averages"] = 4 * sum(shard.numel for shard in parameters)
         always |= self._reference_bytes(rank, stage)
         if run.config.precision.student in FP8_RECIPES:
             # A quantised copy of each matrix and its transpose, kept from the first microbatch to the last.
@@ -253,10 +258,14 @@ class _Planner:
         return engine | {"gathered weights": bucket}
 
     def _hidden_bytes(self, replicas: int) -> int:
-        """Teacher hidden states of all response tokens of a replica's rollouts, at their longest."""
+        """Teacher hidden states of all response tokens of a replica's rollouts, at their longest, of the widest one."""
         rollouts = math.ceil(self._run.rollouts / replicas)
         tokens = rollouts * self._run.config.rollout.max_new_tokens
-        return tokens * self._run.teacher.hidden_size * self._teacher_element
+        return tokens * self._teacher_width * self._teacher_element
+
+    @property
+    def _teacher_width(self) -> int:
+        return max((teacher.hidden_size for teacher in self._run.teachers), default=0)
 
     def _hidden_on_device(self) -> bool:
         return self._run.device is None or not self._run.config.teacher.offload_hidden
@@ -269,11 +278,13 @@ class _Planner:
             self._teacher_element,
             self._fused,
         )
-        activations = self._row * forward_bytes(run.teacher, shape)
+        token_bytes = [forward_bytes(teacher, shape) for teacher in run.teachers]
         if run.teacher_layout.pipeline > 1:
             # What came from the stage before and goes to the next one.
-            activations += 2 * self._row * input_bytes(run.teacher, shape)
-        terms = {"teacher activations": int(activations)}
+            sent = [2 * input_bytes(teacher, shape) for teacher in run.teachers]
+            token_bytes = [own + other for own, other in zip(token_bytes, sent, strict=True)]
+        # One teacher after the other.
+        terms = {"teacher activations": int(self._row * max(token_bytes, default=0))}
         hidden = 0
         if self._hidden_on_device():
             if teacher_stage == run.teacher_layout.pipeline - 1:
@@ -326,7 +337,7 @@ class _Planner:
         norm = self._row * final_norm_bytes(run.student, shape)
         student = responses * 2 * run.student.hidden_size * self._student_element
         gradient = self._row * run.student.hidden_size * self._student_element
-        teacher = responses * run.teacher.hidden_size * self._teacher_element
+        teacher = responses * self._teacher_width * self._teacher_element
         shard = padded_vocab_size(run.student.vocab_size, shape.tensor) // shape.tensor
         tile = min(kernel.tile_tokens, responses) * min(kernel.tile_vocab, shard)
         scratch = _TILES * 4 * tile + _STATE_FLOATS * 4 * responses

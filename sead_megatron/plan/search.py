@@ -115,8 +115,9 @@ def _with(run: Run, overrides: dict[str, Any]) -> Run | None:
         section[name] = value
     candidate = replace(run, config=TrainConfig.model_validate(raw))
     try:
-        check_layouts(candidate.config, run.world, run.student, run.teacher)
-        check_precision(candidate.config, run.student, run.teacher)
+        teachers = dict(zip(candidate.config.teacher.directories.values(), run.teachers, strict=True))
+        check_layouts(candidate.config, run.world, run.student, teachers)
+        check_precision(candidate.config, run.student, teachers)
     except UserError:
         return None
     overrides["rollout.kv_cache_gib"] = _kv_cache_gib(candidate)

@@ -98,7 +98,6 @@ class _Model:
         self._device = device
         self._given = given
         self._student_trunk = _trunk_matrices(run.student)
-        self._teacher_trunk = _trunk_matrices(run.teacher)
         self._student_matrices = self._student_trunk + _vocabulary(run.student)
         self._engine_weights = run.engine_weights()
         self._kv_bytes = run.kv_bytes_per_token()
@@ -179,17 +178,26 @@ class _Model:
         return max(memory, compute) + collectives + given.decode_overhead
 
     def teacher(self, responses: np.ndarray) -> tuple[float, float]:
-        """Scoring: the trunk on all tokens, the entropy of the output layer on response tokens."""
+        """Scoring: the trunk on all tokens, the entropy of the output layer on response tokens.
+
+        Rollouts are taken to be spread evenly over several teachers.
+        """
+        times = [self._scoring(teacher, responses) for teacher in self._run.teachers]
+        count = max(1, len(times))
+        return sum(seconds for seconds, _ in times) / count, sum(flops for _, flops in times) / count
+
+    def _scoring(self, teacher: HFConfig, responses: np.ndarray) -> tuple[float, float]:
+        """By one teacher that scores everything."""
         run, given = self._run, self._given
         tokens = self._tokens(responses)
-        trunk = 2.0 * self._teacher_trunk * float(tokens.sum()) + _attention_flops(run.teacher, tokens)
-        head = 2.0 * run.teacher.vocab_size * run.teacher.hidden_size * float(responses.sum())
+        trunk = 2.0 * _trunk_matrices(teacher) * float(tokens.sum()) + _attention_flops(teacher, tokens)
+        head = 2.0 * teacher.vocab_size * teacher.hidden_size * float(responses.sum())
         fast = given.fp8_speedup if run.config.precision.teacher in _FAST else 1.0
         rate = run.world * self._device.bf16_flops
         seconds = trunk / (rate * given.forward_efficiency * fast)
         seconds *= self._bubble(run.teacher_layout, tokens)
-        seconds += self._collectives(run.teacher, run.teacher_layout, tokens, passes=1)
-        moved = float(responses.sum()) * run.teacher.hidden_size * 2 / run.teacher_layout.data
+        seconds += self._collectives(teacher, run.teacher_layout, tokens, passes=1)
+        moved = float(responses.sum()) * teacher.hidden_size * 2 / run.teacher_layout.data
         seconds += moved / (self._device.link_bandwidth * given.link_efficiency)
         scorers = run.world // run.student_layout.pipeline
         seconds += head / (scorers * self._device.bf16_flops * given.head_efficiency)
@@ -203,7 +211,8 @@ class _Model:
         forward = 2.0 * self._student_trunk * float(tokens.sum()) + _attention_flops(run.student, tokens)
         trunk = passes * forward
         # Both models' logits in both passes, and two GEMMs for the gradients.
-        widths = 2 * (run.student.hidden_size + run.teacher.hidden_size) + 2 * run.student.hidden_size
+        teacher = sum(model.hidden_size for model in run.teachers) / max(1, len(run.teachers))
+        widths = 2 * (run.student.hidden_size + teacher) + 2 * run.student.hidden_size
         head = 2.0 * run.student.vocab_size * widths * float(responses.sum()) * given.active_share
         fast = given.fp8_speedup if run.config.precision.student in FP8_RECIPES else 1.0
         seconds = trunk / (run.world * device.bf16_flops * given.update_efficiency * fast)

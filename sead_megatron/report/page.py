@@ -124,7 +124,7 @@ def _card_row(row: ComparedRun, index: int) -> dict[str, Any]:
         "objective": run.config.objective.name,
         "curriculum": run.config.curriculum.name,
         "student": run.config.student.path,
-        "teacher": run.config.teacher.path,
+        "teacher": run.config.teacher.label,
         "directory": str(run.path),
         # The unit, if any, is set smaller.
         "cards": [(name, *f"{value} ".split(" ", 1), detail) for name, value, detail in cards],

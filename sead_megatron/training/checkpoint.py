@@ -26,6 +26,7 @@ from sead_megatron.training.checkpoint_files import (
     checkpoint_steps,
     removal_remedy,
 )
+from sead_megatron.training.moving_teacher import MovingTeacher
 from sead_megatron.training.student import Student
 
 # The only sharding of the distributed optimizer's state that loads at any other layout.
@@ -45,10 +46,13 @@ def _collect_results_in_this_process() -> None:
     filesystem_async._results_queue = queue.Queue()
 
 
-def write_checkpoint(directory: Path, step: int, student: Student, state: dict[str, Any]) -> None:
+def write_checkpoint(
+    directory: Path, step: int, student: Student, state: dict[str, Any], moving: MovingTeacher | None = None
+) -> None:
     """Writes everything of the checkpoint after `step` updates beside its final name (a collective over the world).
 
-    `state` must be JSON data; only rank 0's is written. `commit_checkpoint` makes it count.
+    `state` must be JSON data; only rank 0's is written. `moving`: of a teacher that follows the student.
+    `commit_checkpoint` makes it count.
     """
     partial = _partial_path(directory, step)
     is_head = dist.get_rank() == 0
@@ -57,7 +61,7 @@ def write_checkpoint(directory: Path, step: int, student: Student, state: dict[s
         partial.mkdir(parents=True)
     dist.barrier()
     _collect_results_in_this_process()
-    dist_checkpointing.save(_sharded_state(student, is_loading=False), str(partial))
+    dist_checkpointing.save(_sharded_state(student, moving, is_loading=False), str(partial))
     torch.save({"torch": torch.get_rng_state()}, partial / f"rng_{dist.get_rank()}.pt")
     dist.barrier()
     if is_head:
@@ -76,30 +80,34 @@ def commit_checkpoint(directory: Path, step: int, keep: int) -> None:
         shutil.rmtree(checkpoint_path(directory, old))
 
 
-def load_checkpoint(path: Path, student: Student) -> None:
-    """Restores model and optimizer (any layout) and, when the world has the same size, this rank's random state."""
-    loaded = _load_sharded(path, student)
+def load_checkpoint(path: Path, student: Student, moving: MovingTeacher | None = None) -> None:
+    """Restores models and optimizer (any layout) and, when the world has the same size, this rank's random state."""
+    loaded = _load_sharded(path, student, moving)
     student.model.module.load_state_dict(loaded["model"])
     student.optimizer.megatron.load_state_dict(loaded["optimizer"])
+    if moving is not None:
+        moving.load(loaded["teacher"])
     rng = path / f"rng_{dist.get_rank()}.pt"
     if rng.exists():
         torch.set_rng_state(torch.load(rng)["torch"])
 
 
-def _load_sharded(path: Path, student: Student) -> dict[str, Any]:
+def _load_sharded(path: Path, student: Student, moving: MovingTeacher | None) -> dict[str, Any]:
     try:
-        loaded: dict[str, Any] = dist_checkpointing.load(_sharded_state(student, is_loading=True), str(path))
+        wanted = _sharded_state(student, moving, is_loading=True)
+        loaded: dict[str, Any] = dist_checkpointing.load(wanted, str(path))
     except (OSError, dist_checkpointing.core.CheckpointingException) as error:
         raise UserError(str(path), None, f"cannot be loaded ({error})", removal_remedy(path)) from error
     return loaded
 
 
-def _sharded_state(student: Student, *, is_loading: bool) -> dict[str, Any]:
+def _sharded_state(student: Student, moving: MovingTeacher | None, *, is_loading: bool) -> dict[str, Any]:
     model = student.model.module.sharded_state_dict(metadata=dict(_RESHARDABLE))
     optimizer = student.optimizer.megatron.sharded_state_dict(
         model, is_loading=is_loading, metadata=dict(_RESHARDABLE)
     )
-    return {"model": model, "optimizer": optimizer}
+    state = {"model": model, "optimizer": optimizer}
+    return state if moving is None else state | {"teacher": moving.sharded_state(model)}
 
 
 def _sync(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import repeat
 
 import torch
@@ -24,12 +25,13 @@ def _layer_matrices(config: HFConfig, layer: LayerConfig) -> int:
     return config.hidden_size * widths
 
 
-def step_flops(student: HFConfig, teacher: HFConfig, tokens: int) -> float:
-    """FLOPs of scoring and updating on `tokens` prompt and response tokens.
+def step_flops(student: HFConfig, tokens: int, scored: Iterable[tuple[HFConfig, int]]) -> float:
+    """FLOPs of updating on `tokens` prompt and response tokens, and of scoring: each teacher and its tokens.
 
     2 per weight and token forward and 4 backward; attention scores, recomputation and sampling are not counted.
     """
-    return float(tokens) * (6 * matmul_parameters(student) + 2 * matmul_parameters(teacher))
+    scoring = sum(2.0 * matmul_parameters(teacher) * count for teacher, count in scored)
+    return 6.0 * matmul_parameters(student) * tokens + scoring
 
 
 def device_peak_flops(device: torch.device) -> float | None:

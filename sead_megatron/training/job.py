@@ -169,7 +169,7 @@ def build_job(config: TrainConfig, report: Callable[[str], None]) -> Job:
     report("loading student and teacher")
     models = build_models(config, device, prompts)
     if profile is not None:
-        profile.watch(models.student.model.module.config, models.teacher.megatron_config)
+        profile.watch(models.student.model.module.config, *models.teachers.megatron_configs)
     torch.manual_seed(config.seed + dist.get_rank())
     weights = HFStream(models.student.model, config.rollout.sync_bucket_mib)
     return Job(

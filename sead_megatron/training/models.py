@@ -1,4 +1,4 @@
-"""Student and teacher of this rank, in their own layouts over the same world."""
+"""Student and teachers of this rank, in their own layouts over the same world."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from sead_megatron.models.olmo3 import with_yarn_on_all_layers
 from sead_megatron.models.precision import student_precision, teacher_precision
 from sead_megatron.parallel.groups import ParallelGroups, student_groups, teacher_groups
 from sead_megatron.parallel.layout import Layout
+from sead_megatron.training.moving_teacher import MovingTeacher
 from sead_megatron.training.student import Student
 from sead_megatron.training.teacher import Teacher
+from sead_megatron.training.teachers import Teachers
 
 
 @dataclass(frozen=True, eq=False)
 class Models:
-    """Both models on this rank."""
+    """All models on this rank."""
 
     student: Student
-    teacher: Teacher
-    teacher_output: torch.Tensor | None
-    """The teacher's output layer in the student's vocabulary partition, on ranks of the student's last stage."""
+    teachers: Teachers
     reference: Teacher | None = None
-    """The frozen third model, where one is configured."""
-    reference_output: torch.Tensor | None = None
-    """Its output layer, partitioned and placed like the teacher's."""
+    """The frozen reference model, where one is configured."""
+    moving: MovingTeacher | None = None
+    """What moves the teacher, where it follows the student."""
 
 
 def build_models(config: TrainConfig, device: torch.device, prompts: Sequence[Prompt] = ()) -> Models:
-    """Builds both models with weights from their directories (a collective over the world).
+    """Builds all models with weights from their directories (a collective over the world).
 
     `prompts`: tokenised training prompts, of which `precision.teacher: modelopt_fp8` takes the first ones. On the CPU
     `megatron_on_cpu.install` must have run.
@@ -61,28 +61,28 @@ def build_models(config: TrainConfig, device: torch.device, prompts: Sequence[Pr
         stages=config.student.parallel.stages,
     )
     load_weights(student_model, config.student.path)
-    teacher_model = _teacher_model(config, t_groups, device)
-    if config.precision.teacher == "modelopt_fp8":
-        from sead_megatron.training.quantize import quantize_fp8
+    teachers = Teachers(
+        [_teacher(path, config, t_groups, s_groups, device, prompts) for path in config.teacher.directories]
+    )
+    student = Student(student_model, config, device)
+    moving = None
+    if config.teacher.ema is not None:
+        moving = MovingTeacher(teachers.members[0], student_model, config.teacher.ema)
+    return Models(student, teachers, _reference(config, s_groups, device), moving)
 
-        rows = _calibration_rows(config, teacher_model, prompts)
-        keep = config.precision.first_last_bfloat16
-        quantize_fp8(teacher_model, rows, device, keep_first_last=keep)
-    teacher = _frozen(teacher_model, s_groups, config, config.teacher.parallel, device)
-    teacher_output = _output_shard(teacher_model, config.teacher.path, s_groups, config, device)
-    student = Student(student_model, teacher_output, config, device)
+
+def _reference(config: TrainConfig, student_groups: ParallelGroups, device: torch.device) -> Teacher | None:
     if config.reference is None:
-        return Models(student, teacher, teacher_output)
+        return None
     parallel, path = config.reference.parallel, config.reference.path
-    r_groups = teacher_groups(Layout(parallel.tensor, parallel.pipeline, world))
-    reference_model = _frozen_model(config, read_hf_config(path), path, parallel, r_groups, device)
-    reference = _frozen(reference_model, s_groups, config, parallel, device)
-    reference_output = _output_shard(reference_model, path, s_groups, config, device)
-    return Models(student, teacher, teacher_output, reference, reference_output)
+    groups = teacher_groups(Layout(parallel.tensor, parallel.pipeline, dist.get_world_size()))
+    model = _frozen_model(config, read_hf_config(path), path, parallel, groups, device)
+    return _frozen(model, path, student_groups, config, parallel, device)
 
 
 def _frozen(
     model: BuiltModel,
+    path: str,
     student_groups: ParallelGroups,
     config: TrainConfig,
     parallel: ParallelConfig,
@@ -90,6 +90,7 @@ def _frozen(
 ) -> Teacher:
     return Teacher(
         model,
+        _output_shard(model, path, student_groups, config, device),
         student_groups,
         device=device,
         sequence_parallel=parallel.sequence_parallel,
@@ -109,11 +110,26 @@ def _output_shard(
     return load_output_shard(model.config, path, student_groups, dtype, device)
 
 
-def _teacher_model(config: TrainConfig, groups: ParallelGroups, device: torch.device) -> BuiltModel:
-    architecture = read_hf_config(config.teacher.path)
+def _teacher(
+    path: str,
+    config: TrainConfig,
+    groups: ParallelGroups,
+    student_groups: ParallelGroups,
+    device: torch.device,
+    prompts: Sequence[Prompt],
+) -> Teacher:
+    architecture = read_hf_config(path)
     if config.teacher.yarn_layers == "all":
         architecture = with_yarn_on_all_layers(architecture)
-    return _frozen_model(config, architecture, config.teacher.path, config.teacher.parallel, groups, device)
+    parallel = config.teacher.parallel
+    model = _frozen_model(config, architecture, path, parallel, groups, device)
+    if config.precision.teacher == "modelopt_fp8":
+        from sead_megatron.training.quantize import quantize_fp8
+
+        rows = _calibration_rows(config, model, prompts)
+        keep = config.precision.first_last_bfloat16
+        quantize_fp8(model, rows, device, keep_first_last=keep)
+    return _frozen(model, path, student_groups, config, parallel, device)
 
 
 def _frozen_model(

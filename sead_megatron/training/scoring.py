@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -10,11 +12,12 @@ from sead_megatron.objectives import Objective
 from sead_megatron.training.models import Models
 from sead_megatron.training.step_plan import StepPlan
 from sead_megatron.training.teacher import TeacherScores, teacher_columns, teacher_statistics
+from sead_megatron.training.teachers import Scores
 from sead_megatron.training.token_columns import share_columns
 
 
 def with_teacher_columns(
-    models: Models, objective: Objective, plan: StepPlan, scores: TeacherScores | None, table: TokenTable
+    models: Models, objective: Objective, plan: StepPlan, scores: Scores | None, table: TokenTable
 ) -> TokenTable:
     """Adds the teacher's entropy and logprob, when the objective reads one and its own statistics will not bring it.
 
@@ -25,38 +28,35 @@ def with_teacher_columns(
     )
     if not entropy and not objective.needs_teacher_logprob:
         return table
-    measured = _measure(models, models.teacher_output, objective.teacher_topk, plan, scores)
-    return table.with_columns(**measured)
+    parts = [] if scores is None else scores.parts
+    return table.with_columns(**_measure(models, parts, objective.teacher_topk, plan))
 
 
 def with_reference_column(models: Models, plan: StepPlan, table: TokenTable) -> TokenTable:
     """Adds the reference model's logprobs of the sampled tokens, where there is one (a collective over the world)."""
     if models.reference is None:
         return table
-    scores = models.reference.score(plan)
-    measured = _measure(models, models.reference_output, 0, plan, scores)
+    scores = models.reference.score(plan, range(len(plan.rollouts)))
+    measured = _measure(models, [] if scores is None else [scores], 0, plan)
     return table.with_columns(reference_logprob=measured["teacher_logprob"])
 
 
-def _measure(
-    models: Models, output: Tensor | None, topk: int, plan: StepPlan, scores: TeacherScores | None
-) -> dict[str, Tensor]:
-    """`teacher_columns(topk)` of a frozen model, [N], equal on all ranks."""
+def _measure(models: Models, parts: Sequence[TeacherScores], topk: int, plan: StepPlan) -> dict[str, Tensor]:
+    """`teacher_columns(topk)` of frozen models that scored all tokens between them, [N], equal on all ranks."""
     student = models.student
-    measured: dict[str, Tensor] = {}
-    token_index: torch.Tensor | None = None
-    if scores is not None and output is not None:
-        token_index = scores.token_index
-        measured = teacher_statistics(
-            scores,
-            output,
-            plan.labels(token_index),
+    names = teacher_columns(topk)
+    measured = [
+        teacher_statistics(
+            part,
+            plan.labels(part.token_index),
             student.model.groups,
             student.shard,
             temperature=student.temperature,
             topk=topk,
             options=student.tile_options,
         )
-    return share_columns(
-        teacher_columns(topk), measured, token_index, plan.num_tokens, student.model.groups, student.device
-    )
+        for part in parts
+    ]
+    columns = {name: torch.cat([part[name] for part in measured]) for name in names if measured}
+    token_index = torch.cat([part.token_index for part in parts]) if parts else None
+    return share_columns(names, columns, token_index, plan.num_tokens, student.model.groups, student.device)

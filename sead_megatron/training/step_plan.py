@@ -27,15 +27,17 @@ class StepPlan:
         rollouts: the global batch, in prompt order.
         teacher_rollouts: the same responses behind the prompts that the teacher reads.
         offsets: int64 [S + 1], the range of response tokens of each rollout in the TokenTable.
+        layout: the student's.
         student: for each student replica, the rollouts it trains on.
-        teacher: for each teacher replica, the rollouts it scores.
+        teacher_of: for each rollout, which of the teachers scores it.
     """
 
     rollouts: Sequence[Rollout]
     teacher_rollouts: Sequence[Rollout]
     offsets: Tensor
+    layout: Layout
     student: list[list[int]]
-    teacher: list[list[int]]
+    teacher_of: Sequence[int]
 
     @property
     def num_tokens(self) -> int:
@@ -52,20 +54,48 @@ class StepPlan:
         ranges = [torch.arange(int(self.offsets[i]), int(self.offsets[i + 1])) for i in rollouts]
         return torch.cat(ranges) if ranges else torch.empty(0, dtype=torch.int64)
 
+    def rollouts_of(self, teacher: int) -> list[int]:
+        """The rollouts that a teacher scores."""
+        return [i for i, of in enumerate(self.teacher_of) if of == teacher]
 
-def plan_step(rollouts: Sequence[Rollout], student: Layout, teacher: Layout) -> StepPlan:
-    """Balances rollouts over student replicas by tokens, then each block's over the teacher replicas inside it."""
-    lengths = [rollout.length for rollout in rollouts]
-    teacher_rollouts = [rollout.as_read_by_teacher() for rollout in rollouts]
-    teacher_lengths = [rollout.length for rollout in teacher_rollouts]
+    def scoring(self, rollouts: Sequence[int], layout: Layout) -> Scoring:
+        """Who scores `rollouts` with a frozen model in `layout`: each block's are balanced over its replicas inside."""
+        lengths = [rollout.length for rollout in self.teacher_rollouts]
+        scored = set(rollouts)
+        student = [[i for i in replica if i in scored] for replica in self.student]
+        block = max(self.layout.block_size, layout.block_size)
+        students_in_block = block // self.layout.block_size
+        frozen: list[list[int]] = []
+        for first in range(0, self.layout.data, students_in_block):
+            mine = sorted(i for replica in student[first : first + students_in_block] for i in replica)
+            shares = assign_to_replicas([lengths[i] for i in mine], block // layout.block_size)
+            frozen.extend([mine[j] for j in share] for share in shares)
+        return Scoring(student, frozen)
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """Assignment of the rollouts that one frozen model scores; ascending in every list, any of which may be empty.
+
+    Attributes:
+        student: for each student replica, those that it trains on.
+        frozen: for each replica of the frozen model, those that it scores.
+    """
+
+    student: list[list[int]]
+    frozen: list[list[int]]
+
+
+def plan_step(
+    rollouts: Sequence[Rollout], student: Layout, teacher_of: Sequence[int] | None = None
+) -> StepPlan:
+    """Balances rollouts over student replicas by tokens. `teacher_of`: by default one teacher scores all of them."""
     responses = torch.tensor([0] + [len(rollout.response_ids) for rollout in rollouts], dtype=torch.int64)
-    student_assignment = assign_to_replicas(lengths, student.data)
-    block = max(student.block_size, teacher.block_size)
-    students_in_block = block // student.block_size
-    teachers_in_block = block // teacher.block_size
-    teacher_assignment: list[list[int]] = []
-    for first in range(0, student.data, students_in_block):
-        mine = sorted(i for replica in student_assignment[first : first + students_in_block] for i in replica)
-        shares = assign_to_replicas([teacher_lengths[i] for i in mine], teachers_in_block)
-        teacher_assignment.extend([mine[j] for j in share] for share in shares)
-    return StepPlan(rollouts, teacher_rollouts, responses.cumsum(0), student_assignment, teacher_assignment)
+    return StepPlan(
+        rollouts,
+        [rollout.as_read_by_teacher() for rollout in rollouts],
+        responses.cumsum(0),
+        student,
+        assign_to_replicas([rollout.length for rollout in rollouts], student.data),
+        [0] * len(rollouts) if teacher_of is None else teacher_of,
+    )

@@ -19,9 +19,16 @@ from sead_megatron.models.build import BuiltModel
 from sead_megatron.training.optimizer import StudentOptimizer, wrap_for_training
 from sead_megatron.training.pipeline import forward_row, response_rows, run_rows
 from sead_megatron.training.step_plan import StepPlan
-from sead_megatron.training.teacher import TeacherScores
+from sead_megatron.training.teachers import Scores
 from sead_megatron.training.token_columns import share_columns
-from sead_megatron.training.token_loss import MEASURED, LossContext, measured_by, token_loss
+from sead_megatron.training.token_loss import (
+    MEASURED,
+    OF_STUDENT,
+    LossContext,
+    measured_by,
+    one_model_statistics,
+    token_loss,
+)
 from sead_megatron.training.topk_columns import TOPK_COLUMNS, topk_columns
 
 
@@ -43,13 +50,11 @@ class Update:
 class Student:
     """The trained model of this rank, in its own layout."""
 
-    def __init__(
-        self, model: BuiltModel, teacher_output: Tensor | None, config: TrainConfig, device: torch.device
-    ) -> None:
+    def __init__(self, model: BuiltModel, config: TrainConfig, device: torch.device) -> None:
         self.model = model
         self.device = device
-        self._teacher_output = teacher_output
         self._sequence_parallel = config.student.parallel.sequence_parallel
+        self._has_teacher = bool(config.teacher.directories)
         self._max_tokens = config.batch.max_tokens_per_microbatch
         self._packing = config.batch.packing
         self.temperature = config.objective.temperature
@@ -78,15 +83,20 @@ class Student:
         """True on ranks of the last stage: they hold both output layers and compute the loss."""
         return self.model.groups.is_last_stage
 
-    def token_stats(self, plan: StepPlan, scores: TeacherScores | None, topk: int = 0) -> dict[str, Tensor]:
+    def token_stats(self, plan: StepPlan, scores: Scores | None, topk: int = 0) -> dict[str, Tensor]:
         """Every statistic of every response token by a forward-only pass; float32 [N], equal on all ranks.
 
-        `topk`: compare lists of that many likeliest tokens as well; 0 for none.
+        Without a teacher only those of the student. `topk`: compare lists of that many likeliest tokens as well; 0 for
+        none.
         """
-        names = (*MEASURED, *TOPK_COLUMNS) if topk else MEASURED
+        own = MEASURED if self._has_teacher else OF_STUDENT
+        names = (*own, *TOPK_COLUMNS) if topk else own
 
         def measure(hidden: Tensor, row: PackedRow) -> tuple[Tensor, dict[str, Tensor]]:
-            teacher_hidden, teacher_output = self._teacher_of(scores, row)
+            teacher = self._teacher_of(scores, row)
+            if teacher is None:
+                return row.token_index, self._own_statistics(hidden, row.labels.to(self.device))
+            teacher_hidden, teacher_output = teacher
             state = linear_stats(
                 hidden,
                 self.model.module.output_weight().detach(),
@@ -122,7 +132,7 @@ class Student:
             )
         return self._share(plan, outputs, names)
 
-    def train_step(self, plan: StepPlan, scores: TeacherScores | None, coefficients: Coefficients) -> Update:
+    def train_step(self, plan: StepPlan, scores: Scores | None, coefficients: Coefficients) -> Update:
         """Forward, loss and backward of all microbatches, gradient reduction and optimizer step (a collective)."""
         weights = (coefficients.weights / coefficients.normalizer).to(self.device)
         groups = self.model.groups
@@ -135,7 +145,7 @@ class Student:
                 result = token_loss(
                     response_rows(output, row, groups, self._sequence_parallel),
                     self.model.module.output_weight(),
-                    *self._teacher_of(scores, row),
+                    self._teacher_of(scores, row),
                     row.labels.to(self.device),
                     weights[row.token_index.to(self.device)],
                     coefficients.divergence,
@@ -153,24 +163,34 @@ class Student:
         self.optimizer.zero_grad()
         outputs = run_rows(self.ddp, groups, self._rows(plan), forward_step, train=True)
         loss = self._global_loss([value for value, _ in outputs])
-        names = measured_by(coefficients.divergence)
+        names = measured_by(coefficients.divergence, has_teacher=self._has_teacher)
         columns = self._share(plan, [measured for _, measured in outputs], names)
         result = self.optimizer.step(loss_is_finite=bool(torch.isfinite(loss)))
         active = (coefficients.weights != 0).any(-1)
         return Update(float(loss), result.applied, result.grad_norm, result.lr, active, columns)
 
     def _rows(self, plan: StepPlan) -> list[PackedRow]:
+        """This replica's rollouts; a row holds those of one teacher, whose output layer its loss takes."""
         mine = plan.student[self.model.groups.dp_rank]
         lengths = {i: plan.rollouts[i].length for i in mine}
-        return [
-            build_row(row, plan.rollouts, plan.offsets, self.model.row_multiple)
-            for row in pack_rows(lengths, mine, self._max_tokens, self._packing)
-        ]
+        rows = []
+        for teacher in sorted({plan.teacher_of[i] for i in mine}):
+            own = [i for i in mine if plan.teacher_of[i] == teacher]
+            rows += pack_rows(lengths, own, self._max_tokens, self._packing)
+        return [build_row(row, plan.rollouts, plan.offsets, self.model.row_multiple) for row in rows]
 
-    def _teacher_of(self, scores: TeacherScores | None, row: PackedRow) -> tuple[Tensor, Tensor]:
-        if scores is None or self._teacher_output is None:
+    def _own_statistics(self, hidden: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """`OF_STUDENT` of a row, by one pass over the output layer."""
+        weight = self.model.module.output_weight().detach()
+        stats = one_model_statistics(hidden, weight, 0, None, self._context, labels)
+        return {"student_entropy": stats.entropy, "student_logprob": stats.logprob}
+
+    def _teacher_of(self, scores: Scores | None, row: PackedRow) -> tuple[Tensor, Tensor] | None:
+        if not self._has_teacher:
+            return None
+        if scores is None:
             raise RuntimeError("the loss was asked for on a rank that holds no output layer")
-        return scores.rows(row.token_index, self.device), self._teacher_output
+        return scores.rows(row.token_index, self.device)
 
     def _share(
         self, plan: StepPlan, outputs: list[tuple[Tensor, dict[str, Tensor]]], names: tuple[str, ...]

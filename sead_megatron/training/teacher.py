@@ -13,24 +13,30 @@ from torch import Tensor
 
 from sead_megatron.data.packing import PackedRow, build_row, pack_rows
 from sead_megatron.models.architecture import HFConfig
-from sead_megatron.models.build import BuiltModel
+from sead_megatron.models.build import BuiltModel, HiddenStateModel
 from sead_megatron.parallel.groups import ParallelGroups
 from sead_megatron.parallel.layout import Layout
 from sead_megatron.training.pipeline import forward_row, response_rows, run_rows
-from sead_megatron.training.step_plan import StepPlan
+from sead_megatron.training.step_plan import Scoring, StepPlan
 
 
 @dataclass(frozen=True, eq=False)
 class TeacherScores:
-    """What a student rank of the last stage holds of the teacher for its own rollouts.
+    """What a student rank of the last stage holds of a teacher for those of its own rollouts that it scored.
 
     Attributes:
         hidden: [n, H_t], after the teacher's final norm, in the order of `token_index`.
         token_index: int64 [n] on the CPU, ascending indices into the TokenTable.
+        output: the teacher's output layer in the student's vocabulary partition, [padded vocabulary / TP, H_t].
     """
 
     hidden: Tensor
     token_index: Tensor
+    output: Tensor
+
+    def holds(self, token_index: Tensor) -> bool:
+        """Whether all of these tokens are among the scored ones."""
+        return bool(torch.isin(token_index, self.token_index).all())
 
     def rows(self, token_index: Tensor, device: torch.device) -> Tensor:
         """Hidden states of some of this rank's tokens, [len(token_index), H_t], on `device`."""
@@ -44,6 +50,7 @@ class Teacher:
     def __init__(
         self,
         model: BuiltModel,
+        output: Tensor | None,
         student_groups: ParallelGroups,
         *,
         device: torch.device,
@@ -53,6 +60,8 @@ class Teacher:
         offload_hidden: bool = False,
     ) -> None:
         self._model = model
+        self.output = output
+        """The output layer in the student's vocabulary partition; None off the student's last stage."""
         self._student = student_groups
         self._device = device
         self._sequence_parallel = sequence_parallel
@@ -71,18 +80,19 @@ class Teacher:
         return self._model.config
 
     @property
-    def megatron_config(self) -> Any:
-        """Megatron's configuration of the teacher."""
-        return self._model.module.config
+    def module(self) -> HiddenStateModel:
+        """This rank's shard, without an output layer."""
+        return self._model.module
 
-    def score(self, plan: StepPlan) -> TeacherScores | None:
-        """Hidden states of this rank's rollouts; None on ranks that hold no part of the student's output layer.
+    def score(self, plan: StepPlan, rollouts: Sequence[int]) -> TeacherScores | None:
+        """Hidden states of those of `rollouts` (ascending, maybe none) that this rank trains on.
 
-        A collective over the block that both models' replicas share.
+        None on ranks that hold no part of the student's output layer. A collective over the block that both models'
+        replicas share.
         """
-        mine = plan.teacher[self._model.groups.dp_rank]
-        produced = self._forward(plan, mine)
-        return self._exchange(plan, produced)
+        scoring = plan.scoring(rollouts, self.layout)
+        produced = self._forward(plan, scoring.frozen[self._model.groups.dp_rank])
+        return self._exchange(plan, scoring, produced)
 
     @torch.no_grad()
     def _forward(self, plan: StepPlan, rollouts: Sequence[int]) -> Tensor | None:
@@ -118,26 +128,23 @@ class Teacher:
 
         return hidden, collect
 
-    def _exchange(self, plan: StepPlan, produced: Tensor | None) -> TeacherScores | None:
+    def _exchange(self, plan: StepPlan, scoring: Scoring, produced: Tensor | None) -> TeacherScores | None:
         """Moves hidden states from the teacher's last stage to the last stages of the student replicas it serves."""
         rank = dist.get_rank()
         received: TeacherScores | None = None
         operations: list[dist.P2POp] = []
         arriving: list[tuple[Tensor, Tensor]] = []
-        for transfer in self._transfers(plan):
+        for transfer in self._transfers(plan, scoring):
             if rank == transfer.target and received is None:
-                wanted = plan.token_indices(plan.student[self._student.dp_rank])
-                shape = (len(wanted), self._model.config.hidden_size)
-                received = TeacherScores(torch.empty(shape, dtype=self._dtype, device=self._keep_on), wanted)
+                received = self._room_for(plan.token_indices(scoring.student[self._student.dp_rank]))
             if not len(transfer.token_index):
                 continue
             outgoing = None
             if rank == transfer.source:
                 if produced is None:
                     raise RuntimeError("a rank without the teacher's last stage was asked for its output")
-                position = torch.searchsorted(
-                    plan.token_indices(plan.teacher[self._model.groups.dp_rank]), transfer.token_index
-                )
+                scored = plan.token_indices(scoring.frozen[self._model.groups.dp_rank])
+                position = torch.searchsorted(scored, transfer.token_index)
                 outgoing = produced.index_select(0, position.to(self._keep_on))
             if rank == transfer.target and received is not None:
                 position = torch.searchsorted(received.token_index, transfer.token_index)
@@ -159,7 +166,15 @@ class Teacher:
             received.hidden[position.to(self._keep_on)] = buffer.to(self._keep_on)
         return received
 
-    def _transfers(self, plan: StepPlan) -> Iterator[_Transfer]:
+    def _room_for(self, token_index: Tensor) -> TeacherScores:
+        """Scores to be filled in."""
+        if self.output is None:
+            raise RuntimeError("hidden states are sent to a rank that holds no output layer")
+        shape = (len(token_index), self._model.config.hidden_size)
+        hidden = torch.empty(shape, dtype=self._dtype, device=self._keep_on)
+        return TeacherScores(hidden, token_index, self.output)
+
+    def _transfers(self, plan: StepPlan, scoring: Scoring) -> Iterator[_Transfer]:
         """Every message inside this rank's block, in the same order on all its ranks.
 
         Each of a student replica's last-stage ranks is served by one of the teacher's last-stage TP ranks, in turn.
@@ -169,10 +184,10 @@ class Teacher:
         first = dist.get_rank() // block * block
         for student_replica in range(first // student.block_size, (first + block) // student.block_size):
             targets = _last_stage_ranks(student, student_replica)
-            wanted = set(plan.student[student_replica])
+            wanted = set(scoring.student[student_replica])
             for teacher_replica in range(first // teacher.block_size, (first + block) // teacher.block_size):
                 sources = _last_stage_ranks(teacher, teacher_replica)
-                shared = [i for i in plan.teacher[teacher_replica] if i in wanted]
+                shared = [i for i in scoring.frozen[teacher_replica] if i in wanted]
                 token_index = plan.token_indices(shared)
                 for i, target in enumerate(targets):
                     yield _Transfer(sources[i % len(sources)], target, token_index)
@@ -201,7 +216,6 @@ def teacher_columns(topk: int) -> tuple[str, ...]:
 
 def teacher_statistics(
     scores: TeacherScores,
-    output_shard: Tensor,
     labels: Tensor,
     groups: ParallelGroups,
     shard: VocabShard,
@@ -217,6 +231,7 @@ def teacher_statistics(
     a lower bound of the exact one.
     """
     names = teacher_columns(topk)
+    output_shard = scores.output
     chunks: dict[str, list[Tensor]] = {name: [torch.empty(0, device=output_shard.device)] for name in names}
     for start in range(0, len(scores.token_index), chunk):
         hidden = scores.hidden[start : start + chunk].to(output_shard.device)

@@ -36,9 +36,13 @@ MEASURED = (
 )
 
 
-def measured_by(divergence: Divergence | None) -> tuple[str, ...]:
+# Those of them that need no teacher.
+OF_STUDENT = ("student_entropy", "student_logprob")
+
+
+def measured_by(divergence: Divergence | None, *, has_teacher: bool) -> tuple[str, ...]:
     """The columns that the loss itself measures on active tokens: a top-k loss makes no pass over the teacher."""
-    return ("student_entropy", "student_logprob") if isinstance(divergence, TopK) else MEASURED
+    return OF_STUDENT if isinstance(divergence, TopK) or not has_teacher else MEASURED
 
 
 @dataclass(frozen=True)
@@ -63,8 +67,7 @@ class TokenLoss(NamedTuple):
 def token_loss(
     hidden: Tensor,
     weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
+    teacher: tuple[Tensor, Tensor] | None,
     labels: Tensor,
     weights: Tensor,
     divergence: Divergence | None,
@@ -73,8 +76,9 @@ def token_loss(
     """``sum_t weights_t . (forward, reverse, H_student, log q(y))``, forward and reverse as `divergence` says.
 
     Args:
-        hidden: [R, H_s] with gradient, teacher_hidden: [R, H_t], labels: int64 [R], weights: float32 [R, 4].
-        weight, teacher_weight: output layers of this rank's vocabulary shard.
+        hidden: [R, H_s] with gradient, labels: int64 [R], weights: float32 [R, 4].
+        weight: output layer of this rank's vocabulary shard.
+        teacher: its hidden states [R, H_t] and output layer; None without one, and then no divergence has a weight.
         divergence: None for the KL divergences over the whole vocabulary.
     """
     shared = {
@@ -84,21 +88,28 @@ def token_loss(
         "options": context.options,
         "weight_tied": context.tied,
     }
-    if isinstance(divergence, TopK):
-        target = _target(
-            hidden.detach(), weight, teacher_hidden, teacher_weight, weights, divergence, context
-        )
+    if teacher is None:
+        result = topk_loss(hidden, weight, _no_target(hidden), labels, weights, rule="tail", **shared)
+    elif isinstance(divergence, TopK):
+        target = _target(hidden.detach(), weight, *teacher, weights, divergence, context)
         result = topk_loss(hidden, weight, target, labels, weights, rule=divergence.rule, **shared)
     elif isinstance(divergence, Pointwise):
         rule = PointwiseRule(divergence.kind, divergence.share, divergence.clip)
         forward = weights[:, Term.FORWARD_KL]
-        result = pointwise_loss(
-            hidden, weight, teacher_hidden, teacher_weight, labels, forward, rule, **shared
-        )
+        result = pointwise_loss(hidden, weight, *teacher, labels, forward, rule, **shared)
     else:
-        result = split_kl_loss(hidden, weight, teacher_hidden, teacher_weight, labels, weights, **shared)
-    columns = {name: getattr(result.stats, name) for name in measured_by(divergence)}
+        result = split_kl_loss(hidden, weight, *teacher, labels, weights, **shared)
+    columns = {
+        name: getattr(result.stats, name) for name in measured_by(divergence, has_teacher=teacher is not None)
+    }
     return TokenLoss(result.loss, columns, result.active)
+
+
+def _no_target(hidden: Tensor) -> TopKTarget:
+    """Empty slots for every token: what is left of a top-k loss are entropy and log-probability."""
+    ids = torch.full((len(hidden), 1), NO_ID, dtype=torch.int64, device=hidden.device)
+    nothing = hidden.new_zeros(len(hidden), 1, dtype=torch.float32)
+    return TopKTarget(ids, nothing, nothing[:, 0] + 1)
 
 
 @torch.no_grad()
@@ -131,14 +142,21 @@ def _target(
 
 
 def one_model_statistics(
-    hidden: Tensor, weight: Tensor, topk: int, gather_ids: Tensor | None, context: LossContext
+    hidden: Tensor,
+    weight: Tensor,
+    topk: int,
+    gather_ids: Tensor | None,
+    context: LossContext,
+    labels: Tensor | None = None,
 ) -> EntropyStats:
-    """Top-k list and gathered log-probabilities of one model, over the whole vocabulary, equal on all TP ranks."""
-    unused = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
+    """Entropy, logprob of `labels` int64 [T], top-k list and gathered log-probabilities of one model, over the whole
+    vocabulary, equal on all TP ranks."""
+    if labels is None:
+        labels = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
     state = linear_entropy(
         hidden,
         weight,
-        unused,
+        labels,
         shard=context.shard,
         temperature=context.temperature,
         topk=topk,

@@ -50,7 +50,7 @@ def predicted(given: Case, student: str, teacher: str, world: int) -> list[RankM
     config = config_of(given, student, teacher)
     recompute = {"recompute": given.get("recompute", "none")}
     config = config.model_copy(update={"student": config.student.model_copy(update=recompute)})
-    return plan_memory(Run(config, read_hf_config(student), read_hf_config(teacher), world, None))
+    return plan_memory(Run(config, read_hf_config(student), (read_hf_config(teacher),), world, None))
 
 
 def check_exact(plan: RankMemory, real: dict[str, int]) -> None:

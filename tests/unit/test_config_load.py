@@ -238,6 +238,8 @@ def other_value(annotation: object, default: object) -> Any:
     allowed = flat(annotation)
     if any(get_origin(branch) is list for branch in (annotation, *get_args(annotation))):
         return ["elsewhere"] if str in allowed else [7]
+    if get_origin(annotation) is dict:
+        return {"math": "elsewhere"}
     words = [word for word in allowed if isinstance(word, str) and word != default]
     if words:
         return words[-1]

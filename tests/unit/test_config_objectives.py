@@ -57,6 +57,14 @@ ON_POLICY = "rollout.temperature=1.0"
          "difficulties"),
         (["objective={name: gopd}", ON_POLICY],
          "reference: required with this objective gopd; add it, with reference.path"),
+        (["teacher={}"], "teacher.path: required with objective sead; add it, or teacher.domains"),
+        (["objective={name: grpo}", ON_POLICY, "rollout.samples_per_prompt=2", "teacher={path: REFERENCE}"],
+         'teacher = "REFERENCE": objective grpo as it is set reads no teacher; remove the section, or override it with '
+         "teacher={}"),
+        (["objective={name: grpo}", ON_POLICY, "rollout.samples_per_prompt=2", "teacher={}", "metrics.topk_lists=4"],
+         "metrics.topk_lists = 4: compares with a teacher, and objective grpo as it is set reads none; use 0"),
+        (["objective={name: grpo, distillation: 0.1}", ON_POLICY, "rollout.samples_per_prompt=2", "teacher={}"],
+         "teacher.path: required with objective grpo; add it, or teacher.domains"),
         (["reference={path: REFERENCE}"],
          'reference.path = "REFERENCE": objective sead as it is set reads no reference model; remove the section'),
         (["objective={name: gopd}", ON_POLICY, "reference={path: REFERENCE, parallel: {tensor: 3}}"],
@@ -83,7 +91,8 @@ def test_each_mistake_is_one_exact_line(good: Path, overrides: list[str], messag
 @pytest.mark.parametrize(
     ("key", "overrides", "reason"),
     [
-        ("answer", ["objective={name: grpo}", "rollout.samples_per_prompt=4"], "objective grpo rewards right answers"),
+        ("answer", ["objective={name: grpo}", "rollout.samples_per_prompt=4", "teacher={}"],
+         "objective grpo rewards right answers"),
         ("solution", [CONTEXT], "teacher.context shows it to the teacher"),
     ],
 )  # fmt: skip
@@ -107,6 +116,8 @@ def test_every_objective_can_be_configured(good: Path, name: str) -> None:
     overrides = [f"objective={{name: {name}}}"]
     if section.follows_sampled_tokens:
         overrides.append(ON_POLICY)
+    if not section.needs_teacher:
+        overrides.append("teacher={}")
     if section.needs_reference:
         overrides.append(f"reference={{path: {good.parent}/reference}}")
     if section.needs_solutions:

@@ -14,7 +14,8 @@ def test_flops_of_a_tiny_model(tmp_path: Path) -> None:
     config = read_hf_config(save_tiny_llama(tmp_path / "model"))
     layer = 64 * 128 + 2 * 64 * 64 + 128 * 64 + 3 * 64 * 160
     assert matmul_parameters(config) == 4 * layer + 250 * 64 == 237_184
-    assert step_flops(config, config, tokens=1000) == 8 * 237_184 * 1000
+    assert step_flops(config, 1000, [(config, 1000)]) == 8 * 237_184 * 1000
+    assert step_flops(config, 1000, [(config, 200), (config, 300)]) == (6 * 1000 + 2 * 500) * 237_184
 
 
 def test_a_cpu_has_no_peak() -> None:

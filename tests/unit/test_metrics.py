@@ -66,6 +66,12 @@ def test_every_benchmark_has_a_key() -> None:
         check_keys(["evaluations/MATH-500"])
 
 
+def test_every_domain_has_a_key() -> None:
+    check_keys(["domain/math/reverse_kl"])
+    with pytest.raises(ValueError, match="'domains/math/reverse_kl'"):
+        check_keys(["domains/math/reverse_kl"])
+
+
 def test_only_time_and_machine_are_not_deterministic() -> None:
     not_deterministic = METRICS.keys() - set(deterministic_keys())
     assert not_deterministic == {key for key in METRICS if key.startswith("time/")} | {

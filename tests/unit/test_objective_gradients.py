@@ -129,6 +129,27 @@ def grpo_sequences_overlong_and_reference(world: World) -> Loss:
     return loss
 
 
+def mopd(world: World) -> Loss:
+    """Log-ratio plus half of the group's advantage; a token with a ratio outside [0.8, 1.2] is left out."""
+    outcome = per_token(world, group_advantage(world, world.facts.reward))
+    ratio = world.sampled(world.student.softmax(-1)) / world.sampled((world.student / 0.7).softmax(-1))
+    inside = [0.8 <= float(r) <= 1.2 for r in ratio]
+    assert 3 <= sum(inside) <= world.num_tokens - 3
+    weights = [float(r) if i else 0.0 for r, i in zip(ratio, inside, strict=True)]
+    advantage = torch.tensor(weights, dtype=torch.float64) * (log_ratio(world) + 0.5 * outcome)
+
+    def loss(z: Tensor) -> Tensor:
+        return sequence_mean(world, -advantage * world.sampled(z.log_softmax(-1)))
+
+    return loss
+
+
+def mopd_without_outcomes(world: World) -> Loss:
+    """Every token the same, none left out."""
+    ratio = world.sampled(world.student.softmax(-1)) / world.sampled((world.student / 0.7).softmax(-1))
+    return policy_loss(world, ratio * log_ratio(world), world.num_tokens)
+
+
 def egrsd(window: int) -> Callable[[World], Loss]:
     def loss(world: World) -> Loss:
         lengths = [s.stop - s.start for s in world.slices()]
@@ -337,6 +358,13 @@ CASES: dict[str, tuple[str, dict[str, Any], int, Callable[[World], Loss]]] = {
         0,
         grpo_sequences_overlong_and_reference,
     ),
+    "mopd": ("mopd", {"outcome": 0.5, "ratio_low": 0.8, "ratio_high": 1.2}, 0, mopd),
+    "mopd, without outcomes": (
+        "mopd",
+        {"outcome": 0.0, "ratio_low": 0.0, "ratio_high": 1e6, "reduce": "token_mean"},
+        0,
+        mopd_without_outcomes,
+    ),
     "egrsd": ("egrsd", {}, 0, egrsd(0)),
     "cl-egrsd": ("egrsd", {"look_ahead": 2}, 0, egrsd(2)),
     "dasd": ("dasd", {}, 0, dasd),
@@ -360,8 +388,9 @@ CASES: dict[str, tuple[str, dict[str, Any], int, Callable[[World], Loss]]] = {
 def test_gradient_is_that_of_the_published_loss(case: str) -> None:
     name, settings, step, published = CASES[case]
     world = make_world()
-    coefficients = make_objective(name, **settings).coefficients(world.table(), step)
-    gradient = loss_gradient(world, coefficients)
+    objective = make_objective(name, **settings)
+    coefficients = objective.coefficients(world.table(), step)
+    gradient = loss_gradient(world, coefficients, has_teacher=objective.config.needs_teacher)
     expected = finite_differences(published(world), world.student)
     assert float(expected.norm()) > 1e-3
     # Columns and coefficients are float32.

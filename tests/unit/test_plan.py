@@ -48,8 +48,8 @@ def run_of(pair: tuple[str, str] = ("nemotron_nano_8b", "nemotron_super_49b"), *
     for name, changes in sections.items():
         raw[name] = raw.get(name, {}) | changes
     config = TrainConfig.model_validate(raw)
-    models = (read_hf_config(config.student.path), read_hf_config(config.teacher.path))
-    return Run(config, *models, 32, DEVICES["h100"])
+    teachers = tuple(read_hf_config(path) for path in config.teacher.directories)
+    return Run(config, read_hf_config(config.student.path), teachers, 32, DEVICES["h100"])
 
 
 # --- memory
@@ -65,7 +65,7 @@ def test_ranks_hold_the_whole_models_together() -> None:
     assert student == pytest.approx(2 * 8.03e9, rel=1e-3)
     teacher = sum(rank.always["teacher weights"] for rank in memory[:8])
     # One byte an element but for the ends and the embedding; the output layer lies in the student's partition.
-    ends = sum(layer_parameters(run.teacher)[i] for i in (0, -1)) + 128256 * 8192
+    ends = sum(layer_parameters(run.teachers[0])[i] for i in (0, -1)) + 128256 * 8192
     assert teacher == pytest.approx(49.87e9 - 128256 * 8192 + ends, rel=1e-3)
     outputs = [rank.always["teacher output layer"] for rank in memory[:4]]
     assert outputs == [0, 0, 128256 * 8192, 128256 * 8192]
@@ -91,6 +91,30 @@ def test_recompute_and_offload() -> None:
     offloaded = plan_memory(run_of(teacher={"offload_hidden": True}))[0].phases
     assert none["update"]["teacher hidden states"] == 12 * 16384 * 8192 * 2  # 96 rollouts over 8 replicas
     assert "teacher hidden states" not in offloaded["update"]
+
+
+def test_every_teacher_has_its_place(tmp_path: Path) -> None:
+    """Weights and output layers add up; hidden states and activations are those of the larger teacher."""
+    run = run_of()
+    wide, small = run.teachers[0], run.student
+    alone = {teacher: plan_memory(replace(run, teachers=(teacher,)))[3] for teacher in (wide, small)}
+    both = plan_memory(replace(run, teachers=(small, wide)))[3]
+    for name in ("teacher weights", "teacher output layer"):
+        assert both.always[name] == sum(memory.always[name] for memory in alone.values())
+    for phase in ("teacher", "update"):
+        assert both.phases[phase] == alone[wide].phases[phase] != alone[small].phases[phase]
+    times = [
+        estimate(replace(run, teachers=teachers), LENGTHS) for teachers in ((wide,), (small,), (wide, small))
+    ]
+    assert times[2].teacher == pytest.approx((times[0].teacher + times[1].teacher) / 2)
+
+
+def test_no_teacher_has_no_place() -> None:
+    run = run_of()
+    for memory in plan_memory(replace(run, teachers=())):
+        terms = [memory.terms(phase) for phase in ("rollout", "teacher", "update", "sync")]
+        assert sum(value for term in terms for name, value in term.items() if name.startswith("teacher")) == 0
+    assert estimate(replace(run, teachers=()), LENGTHS).teacher == 0
 
 
 def test_a_plan_that_does_not_fit_names_the_term() -> None:
@@ -177,7 +201,7 @@ def test_flops_are_those_of_the_models() -> None:
 
 def test_sliding_windows_and_bubbles() -> None:
     olmo = run_of(("olmo3_7b", "olmo3_32b"), precision={"teacher": "bfloat16"})
-    wide = replace(olmo, teacher=replace(olmo.teacher, sliding_window=10**6))
+    wide = replace(olmo, teachers=(replace(olmo.teachers[0], sliding_window=10**6),))
     assert estimate(wide, LENGTHS).flops["teacher"] > estimate(olmo, LENGTHS).flops["teacher"]
     # One row in all: 8 stages take 8 times as long as their share of the work.
     short = Lengths(1.0, 1e-9, 16384, measured=(100,))

@@ -52,7 +52,7 @@ def test_memory_of_a_gpu(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -
     student, teacher = (read_hf_config(CONFIGS / n) for n in ("nemotron_nano_8b", "nemotron_super_49b"))
     on_gpu = config.model_copy(update={"device": "cuda"})
     with pytest.raises(UserError, match=r"must be at most 75\.2 GiB \(95% of NVIDIA H100 80GB HBM3\)"):
-        resources.check_memory(on_gpu, student, teacher, 8, 8)
+        resources.check_memory(on_gpu, student, (teacher,), 8, 8)
 
 
 def test_disk_for_checkpoints(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:

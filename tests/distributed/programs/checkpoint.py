@@ -70,9 +70,9 @@ def take_step(models: Any, objective: Any, step: int) -> dict[str, float]:
     from sead_megatron.data.types import TokenTable
     from sead_megatron.training.step_plan import plan_step
 
-    student, teacher = models.student, models.teacher
-    plan = plan_step(fixed_rollouts(step), student.model.groups.layout, teacher.layout)
-    scores = teacher.score(plan)
+    student, teachers = models.student, models.teachers
+    plan = plan_step(fixed_rollouts(step), student.model.groups.layout)
+    scores = teachers.score(plan)
     table = TokenTable.from_rollouts(plan.rollouts, "cpu").with_columns(**student.token_stats(plan, scores))
     update = student.train_step(plan, scores, objective.coefficients(table, step))
     assert update.applied

@@ -92,9 +92,9 @@ class Comparison:
             as_rollout(i, p, g, self.engine.weight_version)
             for i, (p, g) in enumerate(zip(self.prompts, generations, strict=True))
         ]
-        student, teacher = self.models.student, self.models.teacher
-        plan = plan_step(rollouts, student.model.groups.layout, teacher.layout)
-        scores = teacher.score(plan)
+        student, teachers = self.models.student, self.models.teachers
+        plan = plan_step(rollouts, student.model.groups.layout)
+        scores = teachers.score(plan)
         table = TokenTable.from_rollouts(rollouts, "cpu")
         stats = student.token_stats(plan, scores)
         by_engine = self.objective.coefficients(

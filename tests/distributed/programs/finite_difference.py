@@ -58,8 +58,8 @@ class Gradient:
         self.student = models.student
         self.built = models.student.model
         self.student.optimizer.step = lambda loss_is_finite: StepResult(False, 0.0, 0.0)
-        self.plan = plan_step(fixed_rollouts(0, 6), self.built.groups.layout, models.teacher.layout)
-        self.scores = models.teacher.score(self.plan)
+        self.plan = plan_step(fixed_rollouts(0, 6), self.built.groups.layout)
+        self.scores = models.teachers.score(self.plan)
         table = TokenTable.from_rollouts(self.plan.rollouts, "cpu")
         table = table.with_columns(**self.student.token_stats(self.plan, self.scores))
         # The zones are decided once: they are constants of the loss.

@@ -16,9 +16,10 @@ def poisoned(scores: Any, victim: int) -> Any:
     """Scores whose first hidden state is NaN on one rank."""
     if dist.get_rank() == victim:
         assert scores is not None, "the victim computes no loss"
-        hidden = scores.hidden.clone()
+        (part,) = scores.parts
+        hidden = part.hidden.clone()
         hidden[0, 0] = float("nan")
-        scores = dataclasses.replace(scores, hidden=hidden)
+        scores = dataclasses.replace(scores, parts=[dataclasses.replace(part, hidden=hidden)])
     return scores
 
 
@@ -54,8 +55,8 @@ def run_steps(
     models = build_models(config, torch.device("cpu"))
     student = models.student
     trainer = Trainer(SimpleNamespace(config=config, rank=dist.get_rank()), None, None, None)  # type: ignore[arg-type]
-    plan = plan_step(fixed_rollouts(0), student.model.groups.layout, models.teacher.layout)
-    scores = models.teacher.score(plan)
+    plan = plan_step(fixed_rollouts(0), student.model.groups.layout)
+    scores = models.teachers.score(plan)
     table = TokenTable.from_rollouts(plan.rollouts, "cpu").with_columns(**student.token_stats(plan, scores))
     coefficients = build_objective(config.objective, 3).coefficients(table, 0)
     # Every token takes part, so that the poisoned one does.

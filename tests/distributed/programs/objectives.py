@@ -1,4 +1,5 @@
-"""One update with every objective in turn on the quick start's pair, on fixed rollouts, in several layouts."""
+"""One update with every objective in turn on fixed rollouts, in several layouts: the quick start's pair, and a second
+teacher for one of the domains."""
 
 from __future__ import annotations
 
@@ -11,6 +12,8 @@ import torch
 PAIR = "examples/quickstart"
 VOCABULARY = 67
 PROMPTS, SAMPLES = 4, 3
+# In every third step no prompt is the second teacher's.
+DOMAINS = ["math", "code", None, "math"], ["math", "code", None, "math"], ["math", None, None, "math"]
 
 
 def rollouts_of(step: int) -> list[Any]:
@@ -38,8 +41,12 @@ def rollouts_of(step: int) -> list[Any]:
     return rollouts
 
 
-def run_layout(layout: dict[str, Any], names: list[str]) -> dict[str, dict[str, float]]:
-    """Loss, gradient norm and active tokens of each objective's update, all from one student, one after the other."""
+def run_layout(layout: dict[str, Any], names: list[str], second: str | None) -> dict[str, dict[str, Any]]:
+    """Loss, gradient norm and active tokens of each objective's update, all from one student, one after the other.
+
+    Where an objective reads it, the teacher's logprob of every token too. `second`: the second teacher; None for no
+    teacher at all.
+    """
     from update import config_of
 
     from sead_megatron.config import TrainConfig
@@ -54,19 +61,24 @@ def run_layout(layout: dict[str, Any], names: list[str]) -> dict[str, dict[str, 
     case = layout | {"model": "student", "max_tokens": 64, "packing": True}
     config = config_of(case, f"{PAIR}/student", f"{PAIR}/teacher")
     reference = {"path": f"{PAIR}/student", "parallel": {"tensor": 2}}
+    raw = config.model_dump()
     # A small rate: the student stays where differences of rounding do not grow from one objective to the next.
-    optimizer = config.model_dump()["optimizer"] | {"lr": 1e-5}
+    optimizer = raw["optimizer"] | {"lr": 1e-5}
+    teacher = {} if second is None else raw["teacher"] | {"domains": {"code": second}}
     config = TrainConfig.model_validate(
-        config.model_dump() | {"reference": reference, "optimizer": optimizer}
+        raw | {"reference": reference, "optimizer": optimizer, "teacher": teacher}
     )
     models = build_models(config, torch.device("cpu"))
-    prompts = [Prompt(str(i), [], "0", None, (3,)) for i in range(PROMPTS)]
     results = {}
     for step, name in enumerate(names):
         objective = build_objective(OBJECTIVES[name][0].model_validate({"name": name}), 4)
         rollouts = rollouts_of(step)
-        plan = plan_step(rollouts, models.student.model.groups.layout, models.teacher.layout)
-        scores = models.teacher.score(plan)
+        prompts = [Prompt(str(i), [], "0", domain, (3,)) for i, domain in enumerate(DOMAINS[step % 3])]
+        teacher_of = [
+            config.teacher.index_of(prompts[r.prompt_index].domain) if second else 0 for r in rollouts
+        ]
+        plan = plan_step(rollouts, models.student.model.groups.layout, teacher_of)
+        scores = models.teachers.score(plan)
         passed = [i % 4 != 1 for i in range(len(rollouts))]
         facts = rollout_facts(
             rollouts, passed, prompts, [0.25, 0.5, 0.5, 0.875], samples_per_prompt=SAMPLES, longest=24
@@ -74,7 +86,7 @@ def run_layout(layout: dict[str, Any], names: list[str]) -> dict[str, dict[str, 
         table = TokenTable.from_rollouts(rollouts, "cpu", facts)
         table = with_teacher_columns(models, objective, plan, scores, table)
         table = with_reference_column(models, plan, table)
-        if objective.needs_token_stats(0):
+        if objective.needs_token_stats(0) or second is None:
             columns = models.student.token_stats(plan, scores, objective.topk_lists)
             table = table.with_columns(**columns)
         coefficients = objective.coefficients(table, 0)
@@ -83,13 +95,18 @@ def run_layout(layout: dict[str, Any], names: list[str]) -> dict[str, dict[str, 
             "loss": update.loss,
             "grad_norm": update.grad_norm,
             "active": coefficients.metrics["tokens/active"],
+            "columns": sorted(name for name in table.column_names() if getattr(table, name) is not None),
+            "teacher_logprob": None if table.teacher_logprob is None else table.teacher_logprob.tolist(),
+            "reference_logprob": table.require("reference_logprob").tolist(),
         }
     destroy_groups()
     return results
 
 
-def body(layouts: list[dict[str, Any]], names: list[str]) -> list[dict[str, dict[str, float]]]:
-    return [run_layout(layout, names) for layout in layouts]
+def body(
+    layouts: list[dict[str, Any]], names: list[str], second: str | None
+) -> list[dict[str, dict[str, Any]]]:
+    return [run_layout(layout, names, second) for layout in layouts]
 
 
 if __name__ == "__main__":

@@ -43,11 +43,11 @@ def run_case(case: dict[str, Any], student: str, teacher: str) -> dict[str, Any]
     rollouts = [
         fixed_rollout([7 + i] * case["prompt"], [9 + i] * case["response"]) for i in range(case["rollouts"])
     ]
-    plan = plan_step(rollouts, models.student.model.groups.layout, models.teacher.layout)
+    plan = plan_step(rollouts, models.student.model.groups.layout)
     report: dict[str, Any] = {}
     # The first update makes the optimizer's moments; the second one is measured, with all of them there.
     for step in range(2):
-        scores, report["score"] = peak(partial(models.teacher.score, plan))
+        scores, report["score"] = peak(partial(models.teachers.score, plan))
         table = TokenTable.from_rollouts(rollouts, "cpu")
         columns = {"teacher_entropy": torch.rand(table.num_tokens)}
         if config.objective.student_entropy == "trainer":
@@ -55,7 +55,7 @@ def run_case(case: dict[str, Any], student: str, teacher: str) -> dict[str, Any]
         coefficients = objective.coefficients(table.with_columns(**columns), step)
         update = partial(models.student.train_step, plan, scores, coefficients)
         _, report["update"] = peak(update)
-        report["hidden"] = 0 if scores is None else storage([scores.hidden])
+        report["hidden"] = 0 if scores is None else storage(part.hidden for part in scores.parts)
     report |= held(models)
     destroy_groups()
     return report
@@ -63,7 +63,7 @@ def run_case(case: dict[str, Any], student: str, teacher: str) -> dict[str, Any]
 
 def held(models: Any) -> dict[str, int]:
     """Bytes of the tensors that live for the whole run."""
-    student = models.student
+    student, teachers = models.student, models.teachers.members
     optimizer = student.optimizer.megatron
     inner = getattr(optimizer, "chained_optimizers", [optimizer])[0].optimizer
     states = [value for state in inner.state.values() for value in state.values()]
@@ -74,8 +74,8 @@ def held(models: Any) -> dict[str, int]:
         "gradients": storage(buffer.grad_data for buffer in student.ddp.buffers),
         "masters": storage(p for p in masters if p.untyped_storage().data_ptr() not in parameters),
         "moments": storage(t for t in states if isinstance(t, Tensor) and t.numel() > 1),
-        "teacher": storage(models.teacher._model.module.parameters()),
-        "teacher_output": 0 if models.teacher_output is None else storage([models.teacher_output]),
+        "teacher": sum(storage(teacher._model.module.parameters()) for teacher in teachers),
+        "teacher_output": sum(storage([t.output]) for t in teachers if t.output is not None),
     }
 
 

@@ -47,8 +47,8 @@ def body(student: str, teacher: str, case: dict[str, Any]) -> dict[str, Any]:
             as_rollout(i, prompt, generation, step)
             for i, (prompt, generation) in enumerate(zip(prompts, generations, strict=True))
         ]
-        plan = plan_step(rollouts, models.student.model.groups.layout, models.teacher.layout)
-        scores = models.teacher.score(plan)
+        plan = plan_step(rollouts, models.student.model.groups.layout)
+        scores = models.teachers.score(plan)
         table = TokenTable.from_rollouts(rollouts, "cpu")
         stats = models.student.token_stats(plan, scores)
         report = {

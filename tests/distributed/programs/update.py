@@ -98,8 +98,8 @@ def run_case(case: dict[str, Any], student: str, teacher: str) -> dict[str, Any]
         "reverse_kl_max": [],
     }
     for step in range(STEPS):
-        plan = plan_step(fixed_rollouts(step), models.student.model.groups.layout, models.teacher.layout)
-        scores = models.teacher.score(plan)
+        plan = plan_step(fixed_rollouts(step), models.student.model.groups.layout)
+        scores = models.teachers.score(plan)
         table = TokenTable.from_rollouts(plan.rollouts, "cpu")
         table = table.with_columns(**models.student.token_stats(plan, scores))
         coefficients = objective.coefficients(table, step)
