@@ -1,4 +1,4 @@
-"""`python -m sead_megatron train CONFIG`; `check` and `dry-run` of a CONFIG; `evaluate MODEL`; `report RUN_DIR`.
+"""`python -m sead_megatron train CONFIG`; `check`, `dry-run`, `cache` of a CONFIG; `evaluate MODEL`; `report RUN_DIR`.
 
 This file is the process boundary: the only place that catches errors it did not expect.
 """
@@ -56,6 +56,7 @@ def _command(arguments: Sequence[str]) -> int:
         "train": _train,
         "check": _check,
         "dry-run": _dry_run,
+        "cache": _cache,
         "report": _report,
         "evaluate": _evaluate,
     }
@@ -154,6 +155,37 @@ def _train_loop(config: TrainConfig) -> None:
     from sead_megatron import train
 
     train.main(config)
+
+
+def _cache(arguments: Sequence[str]) -> int:
+    parser = _parser(
+        "cache", "Sample and score responses once, into data.cache. Outside torchrun, starts torchrun."
+    )
+    _add_torchrun_options(parser)
+    options = parser.parse_intermixed_args(arguments)
+    from sead_megatron.data.response_cache import cache_writer, scoring_config
+
+    def load(world_size: int) -> TrainConfig:
+        config = scoring_config(load_config(options.config, options.overrides))
+        check_config(config, world_size)
+        return config
+
+    if "RANK" in os.environ:
+        return _rank(load, _cache_loop)
+    world_size = options.nproc_per_node * (options.nnodes or 1)
+    config = load(world_size)
+    if cache_writer(config).is_complete:
+        print(f"{config.run_dir} is complete")
+        return 0
+    _preflight(config, options.nproc_per_node, world_size)
+    prepare_environment(on_cpu=config.device == "cpu")
+    os.execv(sys.executable, _torchrun(options, ["cache", options.config, *options.overrides]))
+
+
+def _cache_loop(config: TrainConfig) -> None:
+    from sead_megatron.training import make_cache
+
+    make_cache.main(config)
 
 
 def _evaluate(arguments: Sequence[str]) -> int:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sead_megatron.config import TrainConfig, check_models
-from sead_megatron.config.schema import ParallelConfig
+from sead_megatron.config.models import ParallelConfig
 from sead_megatron.models.architecture import HFConfig
 from sead_megatron.models.build import BuiltModel, build_model
 from sead_megatron.models.precision import Precision
@@ -35,8 +35,9 @@ class RankMap:
     student: tuple[int, int, int]
     """(data, pipeline, tensor) ranks."""
     student_layers: range
-    teacher: tuple[int, int, int]
-    teacher_layers: range
+    teacher: tuple[int, int, int] | None
+    """None in a run that loads no teacher, as its layers."""
+    teacher_layers: range | None
     engine: tuple[int, int]
     """(replica, tensor rank)."""
 
@@ -59,23 +60,21 @@ def dry_run(config: TrainConfig, student: HFConfig, teachers: Sequence[HFConfig]
     from sead_megatron.parallel import megatron_on_cpu
 
     megatron_on_cpu.install()
-    layouts = [
-        Layout(parallel.tensor, parallel.pipeline, world_size)
-        for parallel in (config.student.parallel, config.teacher.parallel)
-    ]
     models = [student, *teachers]
+    parallels = _parallel(config, models)
+    layouts = [Layout(parallel.tensor, parallel.pipeline, world_size) for parallel in parallels[:2]]
     stages = [
         stage_layers(model, parallel.pipeline, parallel.stages)
-        for model, parallel in zip(models, _parallel(config, models), strict=True)
+        for model, parallel in zip(models, parallels, strict=True)
     ]
     ranks: list[RankMap] = []
     parameters: dict[int, tuple[int, int]] = {}
-    seen: set[tuple[int, int]] = set()
+    seen: set[tuple[int, ...]] = set()
     for rank in range(world_size):
         with _rank_of_a_fake_world(rank, world_size):
             built = _Models(config, models, layouts, stages)
             ranks.append(_rank_map(rank, layouts, stages, config.rollout.tensor_parallel))
-            kind = (layouts[0].pp_rank(rank), layouts[1].pp_rank(rank))
+            kind = tuple(layout.pp_rank(rank) for layout in layouts)
             if kind not in seen:
                 seen.add(kind)
                 parameters[rank] = built.build()
@@ -113,7 +112,7 @@ class _Models:
         self._config = config
         self._configs = models
         self._stages = stages
-        self._groups = (student_groups(layouts[0]), teacher_groups(layouts[1]))
+        self._groups = [student_groups(layouts[0]), *map(teacher_groups, layouts[1:])]
 
     def build(self) -> tuple[int, int]:
         """Elements of the student's shard, and of the teachers'."""
@@ -153,11 +152,19 @@ def _compare(model: BuiltModel, planned: dict[str, int]) -> None:
 def _rank_map(rank: int, layouts: list[Layout], stages: list[tuple[int, ...]], engine: int) -> RankMap:
     places = [(layout.dp_rank(rank), layout.pp_rank(rank), layout.tp_rank(rank)) for layout in layouts]
     layers = []
-    # The first teacher's: others may have other numbers of layers in the same stages. Of no teacher: none.
-    for (_, stage, _), sizes in zip(places, [*stages, (0,)][:2], strict=True):
+    # The first teacher's: others may have other numbers of layers in the same stages.
+    for (_, stage, _), sizes in zip(places, stages[:2], strict=True):
         first = sum(sizes[:stage])
         layers.append(range(first, first + sizes[stage]))
-    return RankMap(rank, places[0], layers[0], places[1], layers[1], (rank // engine, rank % engine))
+    has_teacher = len(layouts) > 1
+    return RankMap(
+        rank,
+        student=places[0],
+        student_layers=layers[0],
+        teacher=places[1] if has_teacher else None,
+        teacher_layers=layers[1] if has_teacher else None,
+        engine=(rank // engine, rank % engine),
+    )
 
 
 def print_dry_run(config: TrainConfig, world_size: int, ranks_per_node: int) -> None:
@@ -171,11 +178,12 @@ def print_dry_run(config: TrainConfig, world_size: int, ranks_per_node: int) -> 
     console = Console(width=120, highlight=False)
     console.print(rank_table(result, ranks_per_node))
     for rank, (student_size, teacher_size) in result.parameters.items():
-        console.print(f"built on rank {rank}: student {student_size:,}, teacher {teacher_size:,} parameters")
-    teacher = models.teacher_layout if models.teachers else "none"
+        teacher = f", teacher {teacher_size:,}" if models.teachers else ""
+        console.print(f"built on rank {rank}: student {student_size:,}{teacher} parameters")
+    teacher = f"teacher {models.teacher_layout}" if models.teachers else "no teacher"
     console.print(
-        f"{world_size} ranks: student {models.student_layout}, teacher {teacher}; configuration, layouts "
-        "and models fit each other"
+        f"{world_size} ranks: student {models.student_layout}, {teacher}; configuration, layouts and models fit each "
+        "other"
     )
 
 
@@ -191,12 +199,12 @@ def rank_table(result: DryRun, ranks_per_node: int) -> Table:
             str(entry.rank // ranks_per_node),
             " ".join(map(str, entry.student)),
             _span(entry.student_layers),
-            " ".join(map(str, entry.teacher)),
+            " ".join(map(str, entry.teacher or "-")),
             _span(entry.teacher_layers),
             *map(str, entry.engine),
         )
     return table
 
 
-def _span(layers: range) -> str:
-    return f"{layers.start}-{layers.stop - 1}" if layers else "none"
+def _span(layers: range | None) -> str:
+    return "-" if layers is None else f"{layers.start}-{layers.stop - 1}"

@@ -22,7 +22,11 @@ _TABLE = [
     Metric("grad_norm", "", "global L2 norm of the gradient before clipping"),
     Metric("lr", "", "learning rate of this update"),
     Metric("skipped_steps", "steps", "updates skipped so far for a non-finite loss or gradient"),
-    Metric("weight_version", "", "version of the student weights that sampled this step's rollouts"),
+    Metric(
+        "weight_version",
+        "",
+        "version of the student weights that sampled this step's rollouts; -1: responses of the data",
+    ),
     Metric("alpha", "", "annealing coefficient of the forward KL (SEAD, Eq. 7)"),
     Metric("lambda_fkl", "", "scale of forward KL on zone C against reverse KL on zone B (SEAD, Eq. 4)"),
     Metric("zone/a_share", "share", "response tokens in zone A (student and teacher confident, no gradient)"),
@@ -85,6 +89,12 @@ _TABLE = [
     Metric("rollout/logprob_diff_mean", "nats", "|engine - trainer| logprob of sampled tokens, mean"),
     Metric("rollout/logprob_diff_max", "nats", "|engine - trainer| logprob of sampled tokens, maximum"),
     Metric("advantage/mean", "nats", "advantage of the sampled tokens, mean over response tokens"),
+    Metric("advantage/clipped", "share", "response tokens whose advantage was clipped (lightning)"),
+    Metric(
+        "cache/drift",
+        "nats",
+        "log mu(y) - log q(y) of cached responses, mean over tokens: how far the student has left their sampler mu",
+    ),
     Metric("importance/mean", "", "importance weight q(y) / mu(y) after clipping, mean over response tokens"),
     Metric(
         "importance/clipped",

@@ -38,6 +38,7 @@ from sead_megatron.requirements import (
 )
 from sead_megatron.resources import check_disk, check_memory
 from sead_megatron.run_directory import RunDirectory
+from sead_megatron.training.cached_responses import CachedResponses
 from sead_megatron.training.checkpoint_files import check_checkpoint, checkpoint_path, checkpoint_steps
 
 
@@ -50,7 +51,7 @@ def preflight(config: TrainConfig, local_world_size: int = 1, world_size: int | 
     """
     _check_machine(config, local_world_size)
     student = read_hf_config(config.student.path)
-    teachers = {path: read_hf_config(path) for path in config.teacher.directories}
+    teachers = {path: read_hf_config(path) for path in config.teachers}
     reference = None if config.reference is None else read_hf_config(config.reference.path)
     world = world_size or local_world_size
     check_memory(config, student, tuple(teachers.values()), world, local_world_size, reference=reference)
@@ -75,16 +76,19 @@ def _check_machine(config: TrainConfig, local_world_size: int) -> None:
                 f"must be at most the visible GPUs ({gpus})",
                 f"use {gpus}",
             )
-    requirements = [MEGATRON, VLLM if config.device == "cuda" else VLLM_ON_CPU]
-    if FP8_RECIPES.keys() & {config.precision.student, config.precision.teacher}:
+    engine = [VLLM if config.device == "cuda" else VLLM_ON_CPU] if config.loads_engine else []
+    requirements = [MEGATRON, *engine]
+    teacher = config.precision.teacher if config.teachers else None
+    if FP8_RECIPES.keys() & {config.precision.student, teacher}:
         requirements.append(TRANSFORMER_ENGINE)
-    if config.precision.teacher == "modelopt_fp8":
+    if teacher == "modelopt_fp8":
         requirements.append(MODELOPT)
     if config.metrics.wandb != "off":
         requirements.append(WANDB)
     for requirement in requirements:
         check_installed(requirement)
-    check_built_for_torch(requirements[1])
+    for requirement in engine:
+        check_built_for_torch(requirement)
     # Before the ranks start: one process builds what all of them load.
     try:
         backend_name(config.kernel.backend, torch.device(config.device))
@@ -117,7 +121,10 @@ def _check_prompts(config: TrainConfig, vocab_size: int) -> None:
     # transformers warns of every text that is longer than the tokenizer's own limit; ours is the one that holds.
     transformers_logging.set_verbosity_error()
     tokenizer = load_tokenizer(config.tokenizer_path)
-    _check_ids("data.prompts", training_prompts(config, tokenizer), vocab_size)
+    prompts = training_prompts(config, tokenizer)
+    _check_ids("data.prompts", prompts, vocab_size)
+    if config.objective.reads_cache:
+        CachedResponses(config, prompts)
     _check_ids("evaluation.prompts", evaluation_prompts(config, tokenizer), vocab_size)
     for problems in benchmark_prompts(config, tokenizer).values():
         _check_ids("evaluation.benchmarks", problems, vocab_size)

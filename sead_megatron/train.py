@@ -16,6 +16,7 @@ from rich.console import Console
 
 from sead_megatron import metrics as metric_table
 from sead_megatron.config import TrainConfig
+from sead_megatron.data.mixture import fixed_rollouts, is_own_batch
 from sead_megatron.data.types import Coefficients, Rollout, RolloutFacts, TokenTable
 from sead_megatron.evaluation.grader import Grader
 from sead_megatron.evaluation.greedy import evaluate_greedy, pass_flags
@@ -83,11 +84,12 @@ class Trainer:
         with self.phase("rollout"):
             rollouts, passed = self.roll_out()
         with self.phase("teacher"):
-            plan = plan_step(rollouts, job.models.student.model.groups.layout, self.teacher_of(rollouts))
-            scores = job.models.teachers.score(plan)
+            models = job.models
+            plan = plan_step(rollouts, models.student.model.groups.layout, self.teacher_of(rollouts))
+            scores = models.teachers.score(plan)
             table = TokenTable.from_rollouts(rollouts, job.device, self.facts(rollouts, passed))
-            table = with_teacher_columns(job.models, job.objective, plan, scores, table)
-            table = with_reference_column(job.models, plan, table)
+            table = with_teacher_columns(models, job.objective, plan, scores, table)
+            table = with_reference_column(models, plan, table)
         engine_table = table
         with self.phase("stats"):
             table = self.token_stats(plan, scores, table)
@@ -107,8 +109,15 @@ class Trainer:
     def roll_out(self) -> tuple[list[Rollout], list[bool | None]]:
         """The step's rollouts in prompt order, on every rank, and whether each has the right answer."""
         job = self.job
-        sampling = job.sampling(job.objective.longest_response(self.step))
         batch = job.curriculum.next_batch(self.step)
+        if self.is_fixed_batch():
+            if job.optional_engine is not None:
+                job.engine.sleep()
+            samples = self.config.rollout.samples_per_prompt
+            cache = job.cache
+            fixed = fixed_rollouts(batch, job.prompts, samples) if cache is None else cache.rollouts(batch)
+            return fixed, [None] * len(fixed)
+        sampling = job.sampling(job.objective.longest_response(self.step))
         indices = [i for i in batch for _ in range(self.config.rollout.samples_per_prompt)]
         seeds = [request_seed(self.config.seed, self.step, i) for i in range(len(indices))]
         prompts = [job.prompts[i] for i in indices]
@@ -124,9 +133,14 @@ class Trainer:
     def teacher_of(self, rollouts: list[Rollout]) -> list[int]:
         """The number of the teacher that scores each rollout."""
         prompts, teacher = self.job.prompts, self.config.teacher
-        if not teacher.directories:
+        if not self.config.teachers:
             return [0] * len(rollouts)
         return [teacher.index_of(prompts[rollout.prompt_index].domain) for rollout in rollouts]
+
+    def is_fixed_batch(self) -> bool:
+        """Whether this step trains on responses that were there before."""
+        share = self.config.objective.own_batches
+        return self.job.cache is not None or not is_own_batch(self.config.seed, self.step, share)
 
     def facts(self, rollouts: list[Rollout], passed: list[bool | None]) -> RolloutFacts:
         """What an objective may know of whole rollouts."""
@@ -154,11 +168,12 @@ class Trainer:
             return table
         topk = max(self.job.objective.topk_lists, self.config.metrics.topk_lists)
         columns = self.job.models.student.token_stats(plan, scores, topk)
+        stay = ["teacher_entropy", "teacher_logprob"]
         if not self.job.objective.uses_trainer_entropy:
-            del columns["student_entropy"]
-        for name in ("teacher_entropy", "teacher_logprob"):
+            stay.append("student_entropy")
+        for name in stay:
             if getattr(table, name) is not None:
-                del columns[name]
+                columns.pop(name, None)
         return table.with_columns(**columns)
 
     def count_skipped(self, update: Update) -> None:
@@ -182,7 +197,9 @@ class Trainer:
     ) -> dict[str, Any]:
         """The step's record, equal on every rank but for the times (a collective over the world)."""
         job = self.job
-        differences = step_metrics.engine_trainer_differences(engine_table, update.columns, update.active)
+        differences = {}
+        if rollouts[0].weight_version == self.step - 1:  # not of older ones, as cached responses become
+            differences = step_metrics.engine_trainer_differences(engine_table, update.columns, update.active)
         alarm = self.config.metrics.logprob_diff_alarm
         if self._is_head and differences.get("rollout/logprob_diff_mean", 0.0) > alarm:
             log.warning(
@@ -330,7 +347,8 @@ def main(config: TrainConfig) -> None:
         with Grader() as grader, Progress(config.steps, enabled=head, done=done) as progress:
             job = build_job(config, progress.status)
             Trainer(job, run, progress, grader).train()
-        job.engine.close()
+        if job.optional_engine is not None:
+            job.engine.close()
         dist.barrier()
         dist.destroy_process_group()
     if head:

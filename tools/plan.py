@@ -91,8 +91,15 @@ def _plan(options: argparse.Namespace) -> int:
         lengths = read_lengths(options.lengths, longest)
     assumptions = Assumptions(**{field.name: getattr(options, field.name) for field in fields(Assumptions)})
     if options.search:
+        if not config.teachers:
+            raise UserError(
+                "--search",
+                None,
+                f"objective {config.objective.name} loads no teacher, whose layouts are searched",
+                "leave it out",
+            )
         student = read_hf_config(config.student.path, "student.path")
-        teachers = tuple(read_hf_config(path, field) for path, field in config.teacher.directories.items())
+        teachers = tuple(read_hf_config(path, field) for path, field in config.teachers.items())
         reference = None
         if config.reference is not None:
             reference = read_hf_config(config.reference.path, "reference.path")

@@ -4,8 +4,9 @@
 
 Every variant of ``bench_variants.py`` runs in a fresh process, so that its peak memory is its own. Time is CPU
 time, best of three after a first run (which compiles what a peer compiles): wall time on a shared machine
-measures the neighbours. The limit is the GEMMs of a variant at the sgemm rate of the same process. All variants
-compute the same loss, the reverse KL of the active rows, and must agree on it and on the gradients.
+measures the neighbours. The limit is the GEMMs of a variant at the sgemm rate of the same process. The variants
+compute the same loss, the reverse KL of the active rows, and must agree on it and on the gradients; so must those of
+each pointwise divergence, which are measured at one shape.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import TileOptions
-from .bench_variants import VARIANTS, Inputs, Shape
+from .bench_variants import ALL, POINTWISE, VARIANTS, Inputs, Shape, Variant
 
 TOKENS, WIDTH, REPEATS = 1024, 512, 3
 VOCABULARIES = (49152, 128256)
@@ -69,7 +70,7 @@ def measure(name: str, shape: Shape) -> dict[str, float]:
     """Run one variant in this process."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
-    variant, x = VARIANTS[name], Inputs.make(shape)
+    variant, x = ALL[name], Inputs.make(shape)
     options = TileOptions(backend=variant.backend, cache_mib=CACHE_MIB if variant.cache else 0)
     torch.mm(torch.ones(64, 64), torch.ones(64, 64))  # the BLAS allocates its own buffers once
     rate, seconds, loss = 0.0, [], 0.0
@@ -98,7 +99,7 @@ def peak_mib(name: str, shape: Shape) -> float:
     """Peak of one run over what inputs and libraries take; a process of its own, nothing warmed up."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
-    variant, x = VARIANTS[name], Inputs.make(shape)
+    variant, x = ALL[name], Inputs.make(shape)
     options = TileOptions(backend=variant.backend, cache_mib=CACHE_MIB if variant.cache else 0)
     # Load and compile what is loaded and compiled once, on a problem that leaves no mark.
     variant.run(Inputs.make(Shape(16, 16, 512, 16)), options)
@@ -124,10 +125,10 @@ def in_a_process(task: str, name: str, shape: Shape) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def compare(shape: Shape, console: Console) -> dict[str, Any]:
-    """All variants at one shape."""
+def compare(shape: Shape, console: Console, variants: dict[str, Variant] = VARIANTS) -> dict[str, Any]:
+    """All variants of a loss at one shape."""
     rows: dict[str, Any] = {}
-    for name in VARIANTS:
+    for name in variants:
         row = in_a_process("measure", name, shape)
         if "error" not in row:
             row["peak_extra_mib"] = in_a_process("peak", name, shape)
@@ -194,13 +195,13 @@ def versions() -> dict[str, str | None]:
 
 
 def report(result: dict[str, Any], console: Console) -> None:
-    for case in result["cases"]:
+    for case in (*result["cases"], *result["pointwise"]):
         shape, rows = Shape(**case["shape"]), case["variants"]
         size = f"T={shape.tokens} H={shape.width} V={shape.vocabulary}, {shape.active} active"
         table = Table(title=f"{size}, float32, 1 thread")
         for column in ("variant", "CPU s", "of naive", "of the GEMM limit", "peak MiB", "of naive"):
             table.add_column(column, justify="left" if column == "variant" else "right")
-        base = rows["naive"]
+        base = next(iter(rows.values()))
         for name, row in rows.items():
             if "error" in row:
                 table.add_row(name, row["error"])
@@ -223,7 +224,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "cpu.json")
     parser.add_argument("--quick", action="store_true", help="one shape, no growth, nothing written")
     for task in ("measure", "peak"):
-        parser.add_argument(f"--{task}", choices=VARIANTS, help="one variant in this process, prints JSON")
+        parser.add_argument(f"--{task}", choices=ALL, help="one variant in this process, prints JSON")
     parser.add_argument("--shape", type=json.loads, help="of --measure and --peak")
     arguments = parser.parse_args()
     if arguments.measure or arguments.peak:
@@ -245,6 +246,11 @@ def main() -> None:
     for vocabulary, share in cases:
         shape = Shape(TOKENS, WIDTH, vocabulary, int(TOKENS * share))
         result["cases"].append({"shape": asdict(shape), "variants": compare(shape, console)})
+    shape = Shape(TOKENS, WIDTH, VOCABULARIES[0], TOKENS // 2)
+    result["pointwise"] = [
+        {"shape": asdict(shape), "divergence": kind, "variants": compare(shape, console, variants)}
+        for kind, variants in POINTWISE.items()
+    ]
     if not arguments.quick:
         result["growth"] = growth(console)
         arguments.output.write_text(json.dumps(result, indent=2) + "\n")

@@ -43,6 +43,29 @@ def _table(vocabulary: int, shares: dict[float, dict[str, Any]], shape: dict[str
     return [*lines, ""]
 
 
+def _pointwise_table(cases: list[dict[str, Any]]) -> list[str]:
+    shape = cases[0]["shape"]
+    lines = [
+        f"Pointwise divergences, V = {shape['vocabulary']}, T = {shape['tokens']}, H = {shape['width']}, "
+        f"{shape['active'] / shape['tokens']:.0%} active:",
+        "",
+        "| | CPU s | of the GEMM limit | peak MiB | of naive |",
+        "|---|---|---|---|---|",
+    ]
+    for case in cases:
+        base = next(iter(case["variants"].values()))["peak_extra_mib"]
+        for name, row in case["variants"].items():
+            peak = row["peak_extra_mib"]
+            cells = [
+                f"{row['cpu_seconds']:.2f}",
+                f"{row['of_limit']:.0%}",
+                f"{peak:.0f}",
+                f"{peak / base:.1%}",
+            ]
+            lines.append(f"| {name} |" + "|".join(f" {cell} " for cell in cells) + "|")
+    return [*lines, ""]
+
+
 def markdown(result: dict[str, Any]) -> str:
     """What stands between the two marks of README.md."""
     machine, versions = result["machine"], result["versions"]
@@ -54,6 +77,8 @@ def markdown(result: dict[str, Any]) -> str:
     ]
     for vocabulary, shares in _by_vocabulary(result).items():
         lines += _table(vocabulary, shares, result["cases"][0]["shape"])
+    if pointwise := result.get("pointwise"):  # younger than the committed results
+        lines += _pointwise_table(pointwise)
     fits = [f"{what} {fit['exponent']:.2f}" for what, fit in result["growth"].items()]
     lines.append(f"Exponent of the growth of `split_kl cpu` with: {', '.join(fits)}.")
     return "\n".join(lines) + "\n"

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from . import (
+    PointwiseRule,
     TileOptions,
     TokenStats,
     VocabShard,
     finalize,
     linear_split_kl_grads,
     linear_stats,
+    pointwise_loss,
     split_kl_loss,
 )
 
@@ -195,3 +197,69 @@ VARIANTS = {
     "split_kl torch, all rows scored": Variant(scored, (2, 4), "torch"),
     "split_kl cpu, all rows scored": Variant(scored, (2, 4), "cpu"),
 }
+
+
+def _naive_divergence(log_p: Tensor, log_q: Tensor, rule: PointwiseRule) -> Tensor:
+    """Of each row, from the definitions in ``pointwise.py``."""
+    p, q, share = log_p.exp(), log_q.exp(), rule.share or 0.0
+    if rule.kind == "jsd":
+        log_m = (share * q + (1 - share) * p).log()
+        entries = share * q * (log_q - log_m) + (1 - share) * p * (log_p - log_m)
+    elif rule.kind == "skew_reverse":
+        entries = p * (log_p - (share * p + (1 - share) * q).log())
+    else:
+        entries = q * (log_q - log_p)
+    return (entries if rule.clip is None else entries.clamp(max=rule.clip)).sum(-1)
+
+
+def _naive_pointwise(rule: PointwiseRule) -> Callable[[Inputs, TileOptions], float]:
+    def run(x: Inputs, options: TileOptions) -> float:
+        log_p = (x.hidden[x.active] @ x.weight.t()).log_softmax(-1)
+        log_q = (x.teacher_hidden[x.active] @ x.teacher_weight.t()).log_softmax(-1)
+        loss = _naive_divergence(log_p, log_q, rule).sum()
+        loss.backward()
+        return loss.item()
+
+    return run
+
+
+def _fused_pointwise(rule: PointwiseRule) -> Callable[[Inputs, TileOptions], float]:
+    def run(x: Inputs, options: TileOptions) -> float:
+        loss = pointwise_loss(
+            x.hidden,
+            x.weight,
+            x.teacher_hidden,
+            x.teacher_weight,
+            x.labels,
+            _coefficients(x)[:, 1],
+            rule,
+            shard=VocabShard(0, x.weight.shape[0]),
+            tp_group=None,
+            options=options,
+        ).loss
+        loss.backward()
+        return loss.item()
+
+    return run
+
+
+def _pointwise_variants(rule: PointwiseRule) -> dict[str, Variant]:
+    # Both models' logits in pass 1, in the sweep and in pass 2, then the two gradients.
+    return {
+        f"naive, active rows, {rule.kind}": Variant(_naive_pointwise(rule), (0, 4)),
+        f"split_kl torch, {rule.kind}": Variant(_fused_pointwise(rule), (0, 8), "torch"),
+        f"split_kl cpu, {rule.kind}": Variant(_fused_pointwise(rule), (0, 8), "cpu"),
+        f"split_kl cpu, logits kept, {rule.kind}": Variant(_fused_pointwise(rule), (0, 4), "cpu", cache=True),
+    }
+
+
+# GKD's, DistiLLM's and OPSD's divergences: what is compared with each other is the same loss.
+POINTWISE = {
+    rule.kind: _pointwise_variants(rule)
+    for rule in (
+        PointwiseRule("jsd", 0.5),
+        PointwiseRule("skew_reverse", 0.1),
+        PointwiseRule("forward", clip=0.05),
+    )
+}
+ALL = VARIANTS | {name: variant for variants in POINTWISE.values() for name, variant in variants.items()}

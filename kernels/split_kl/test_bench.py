@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from sead_kernels.split_kl import BACKENDS, bench, bench_gpu, bench_report
-from sead_kernels.split_kl.bench_variants import VARIANTS, Inputs, Shape
+from sead_kernels.split_kl.bench_variants import POINTWISE, VARIANTS, Inputs, Shape
 
 OURS = [name for name in VARIANTS if name not in ("Liger JSD", "TRL divergence")]
 
@@ -28,6 +30,37 @@ def test_variants_compute_the_same_loss_and_gradients(name: str) -> None:
     assert loss == pytest.approx(expected, rel=1e-5)
     torch.testing.assert_close(x.hidden.grad, first.hidden.grad, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(x.weight.grad, first.weight.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", POINTWISE)
+def test_variants_of_a_pointwise_divergence_agree(kind: str) -> None:
+    shape = Shape(tokens=32, width=16, vocabulary=300, active=8)
+    (first, *others) = POINTWISE[kind].values()
+    wanted = Inputs.make(shape)
+    expected = first.run(wanted, bench.TileOptions())
+    assert expected > 0
+    for variant in others:
+        if BACKENDS[variant.backend].unavailable(torch.device("cpu"), torch.float32) is not None:
+            continue
+        x = Inputs.make(shape)
+        loss = variant.run(x, bench.TileOptions(backend=variant.backend, cache_mib=int(variant.cache)))
+        assert loss == pytest.approx(expected, rel=1e-5)
+        torch.testing.assert_close(x.hidden.grad, wanted.hidden.grad, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(x.weight.grad, wanted.weight.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_run_with_pointwise_divergences(tmp_path: Path) -> None:
+    """At a tiny size: a process for each number of two variants, and the table made of them."""
+    small = Shape(256, 32, 4096, 128)
+    variants = {name: POINTWISE["jsd"][name] for name in ("naive, active rows, jsd", "split_kl torch, jsd")}
+    console = Console(file=(tmp_path / "log").open("w"))
+    rows = bench.compare(small, console, variants)
+    assert list(rows) == list(variants)
+    assert not any("error" in row for row in rows.values()), rows
+    cases = [{"shape": asdict(small), "divergence": "jsd", "variants": rows}]
+    page = bench_report.markdown(committed() | {"pointwise": cases})
+    assert "Pointwise divergences, V = 4096, T = 256, H = 32, 50% active:" in page
+    assert "| split_kl torch, jsd | " in page
 
 
 def test_a_measurement(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@ imported."""
 
 from sead_megatron.config.checks import CheckedModels, CheckedRun, check_config, check_models
 from sead_megatron.config.load import dump_config, load_config
+from sead_megatron.config.models import ParallelConfig, StudentConfig, TeacherConfig
 from sead_megatron.config.schema import (
     BatchConfig,
     CheckpointConfig,
@@ -12,11 +13,8 @@ from sead_megatron.config.schema import (
     KernelConfig,
     MetricsConfig,
     OptimizerConfig,
-    ParallelConfig,
     PrecisionConfig,
     RolloutConfig,
-    StudentConfig,
-    TeacherConfig,
     TrainConfig,
 )
 

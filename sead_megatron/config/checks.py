@@ -21,17 +21,18 @@ class CheckedRun:
     teacher: Layout | None
     """None where there is none."""
     engine_tensor_parallel: int
+    """0 for a run without an engine."""
     prompts: int
     epochs: float
     """Passes over the training prompts in the whole run."""
 
     def summary(self, curriculum: str) -> str:
         """The run in a few lines, for people."""
-        world = self.student.world
-        teacher = "no teacher" if self.teacher is None else f"teacher {self.teacher}"
+        world, tensor = self.student.world, self.engine_tensor_parallel
         lines = [
-            f"world size {world}: student {self.student}, {teacher}, "
-            f"{world // self.engine_tensor_parallel} engines of TP{self.engine_tensor_parallel}",
+            f"world size {world}: student {self.student}, "
+            + ("no teacher" if self.teacher is None else f"teacher {self.teacher}")
+            + (f", {world // tensor} engines of TP{tensor}" if tensor else ", no engine"),
             f"{self.prompts} prompts, {self.epochs:.2f} epochs, curriculum {curriculum}",
         ]
         if curriculum == "sorted_noise" and self.epochs > 1:
@@ -47,9 +48,10 @@ class CheckedModels:
 
     student: HFConfig
     teachers: dict[str, HFConfig]
-    """By the fields that name them, in the order of `teacher.directories`."""
+    """By the fields that name them, in the order of `TrainConfig.teachers`."""
     student_layout: Layout
     teacher_layout: Layout
+    """Without a teacher: one over which nothing is split."""
     reference: HFConfig | None = None
 
 
@@ -61,8 +63,7 @@ def check_models(config: TrainConfig, world_size: int) -> CheckedModels:
     check_fields(config)
     check_profile(config.profile, config.steps, world_size)
     student = read_hf_config(config.student.path, "student.path")
-    fields = config.teacher.directories
-    teachers = {field: read_hf_config(path, field) for path, field in fields.items()}
+    teachers = {field: read_hf_config(path, field) for path, field in config.teachers.items()}
     check_model_limits(config, student, teachers)
     check_moving(config, student, teachers)
     layouts = check_layouts(config, world_size, student, teachers)
@@ -81,7 +82,7 @@ def check_config(config: TrainConfig, world_size: int) -> CheckedRun:
     return CheckedRun(
         models.student_layout,
         models.teacher_layout if models.teachers else None,
-        config.rollout.tensor_parallel,
+        config.rollout.tensor_parallel if config.loads_engine else 0,
         prompts,
         config.steps * config.data.prompts_per_step / prompts,
     )

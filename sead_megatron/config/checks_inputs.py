@@ -7,6 +7,7 @@ from sead_megatron.config.checks_objective import check_prompts_for
 from sead_megatron.config.schema import TrainConfig
 from sead_megatron.data.difficulty import read_difficulties
 from sead_megatron.data.prompts import read_prompts
+from sead_megatron.data.response_cache import read_cache
 from sead_megatron.errors import UserError
 from sead_megatron.evaluation.benchmarks import read_benchmarks
 from sead_megatron.models.converted import check_converted, is_distributed
@@ -23,7 +24,7 @@ def check_inputs(config: TrainConfig) -> int:
     _check_tokenizers(config)
     prompts = _check_prompts(config)
     reference = [] if config.reference is None else [config.reference.path]
-    for directory in (config.student.path, *config.teacher.directories, *reference):
+    for directory in (config.student.path, *config.teachers, *reference):
         if is_distributed(directory):
             check_converted(directory)
         else:
@@ -32,16 +33,15 @@ def check_inputs(config: TrainConfig) -> int:
 
 
 def _check_tokenizers(config: TrainConfig) -> None:
-    teachers = config.teacher.directories
     if config.tokenizer is not None:
         if not Path(config.tokenizer).is_dir():
             raise UserError(
                 "tokenizer", config.tokenizer, "no such directory", "give a local tokenizer directory"
             )
         check_same_tokenizer(config.tokenizer, config.student.path, "tokenizer", "student.path")
-        for path, field in teachers.items():
+        for path, field in config.teachers.items():
             check_same_tokenizer(config.tokenizer, path, "tokenizer", field)
-    for path, field in teachers.items():
+    for path, field in config.teachers.items():
         check_same_tokenizer(config.student.path, path, "student.path", field)
     if config.reference is not None:
         check_same_tokenizer(config.student.path, config.reference.path, "student.path", "reference.path")
@@ -50,6 +50,8 @@ def _check_tokenizers(config: TrainConfig) -> None:
 def _check_prompts(config: TrainConfig) -> int:
     prompts = read_prompts(config.data.prompts)
     check_prompts_for(config, prompts)
+    if config.objective.reads_cache:
+        read_cache(config, prompts)
     per_step = config.data.prompts_per_step
     if per_step > len(prompts):
         raise UserError(

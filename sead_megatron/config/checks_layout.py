@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 
-from sead_megatron.config.schema import ParallelConfig, ReferenceConfig, TrainConfig
+from sead_megatron.config.models import ParallelConfig, ReferenceConfig
+from sead_megatron.config.schema import TrainConfig
 from sead_megatron.errors import UserError, alternatives
 from sead_megatron.models.architecture import HFConfig
 from sead_megatron.parallel.layout import Layout, check_nested
@@ -11,19 +12,21 @@ from sead_megatron.parallel.layout import Layout, check_nested
 def check_layouts(
     config: TrainConfig, world_size: int, student: HFConfig, teachers: Mapping[str, HFConfig]
 ) -> tuple[Layout, Layout]:
-    """The layouts of student and teachers, which are given by the fields that name them.
+    """The layouts of student and teachers, which are given by the fields that name them; without a teacher its
+    layout splits nothing.
 
     Raises UserError for the first that cannot be.
     """
     student_layout = _model_layout("student.parallel", config.student.parallel, student, world_size)
-    parallel = config.teacher.parallel
+    parallel = config.teacher.parallel if teachers else ParallelConfig()
     for field, teacher in teachers.items():
         # Of several teachers a message says which one.
         owner = "" if field == "teacher.path" else f"the {config.teacher.owner_of(field)}'s "
         _model_layout("teacher.parallel", parallel, teacher, world_size, owner)
-    teacher_layout = Layout(parallel.tensor, parallel.pipeline, world_size)  # of no teacher: DP only
+    teacher_layout = Layout(parallel.tensor, parallel.pipeline, world_size)
     check_nested(student_layout, teacher_layout)
-    check_engine(config.rollout.tensor_parallel, student, world_size)
+    if config.loads_engine:
+        check_engine(config.rollout.tensor_parallel, student, world_size)
     _check_sequences(config, student_layout.data)
     return student_layout, teacher_layout
 

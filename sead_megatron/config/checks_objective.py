@@ -4,6 +4,7 @@ from sead_megatron.config.checks_teacher import check_domains, check_needed
 from sead_megatron.config.schema import TrainConfig
 from sead_megatron.data.prompts import PromptRecord
 from sead_megatron.errors import UserError
+from sead_megatron.objectives import ObjectiveSection
 
 
 def check_objective(config: TrainConfig) -> None:
@@ -38,6 +39,7 @@ def check_objective(config: TrainConfig) -> None:
         )
     check_needed(config)
     _check_context(config)
+    _check_cache(config)
     objective.check(config)
 
 
@@ -52,7 +54,7 @@ def _check_sampling(config: TrainConfig) -> None:
             "rollout.temperature",
             rollout.temperature,
             f"{because}: must be objective.temperature ({objective.temperature:g}), or its gradient is biased",
-            f"use {objective.temperature:g}, or set objective.importance_clip, for example 5.0",
+            f"use {objective.temperature:g}{_or_weigh(objective, ', for example 5.0')}",
         )
     for name, value, off in (("top_p", rollout.top_p, 1.0), ("top_k", rollout.top_k, 0)):
         if value != off:
@@ -60,8 +62,13 @@ def _check_sampling(config: TrainConfig) -> None:
                 f"rollout.{name}",
                 value,
                 f"{because}: tokens that are never drawn bias its gradient",
-                f"use {off:g}, or set objective.importance_clip",
+                f"use {off:g}{_or_weigh(objective)}",
             )
+
+
+def _or_weigh(objective: ObjectiveSection, example: str = "") -> str:
+    has_weights = "importance_clip" in type(objective).model_fields
+    return f", or set objective.importance_clip{example}" if has_weights else ""
 
 
 def _check_context(config: TrainConfig) -> None:
@@ -80,11 +87,39 @@ def _check_context(config: TrainConfig) -> None:
             raise UserError("teacher.context", context, f"must hold {field}", "add it")
 
 
+def _check_cache(config: TrainConfig) -> None:
+    objective = config.objective
+    if objective.reads_cache and config.data.cache is None:
+        raise UserError(
+            "data.cache",
+            None,
+            f"required with objective {objective.name}: it trains on responses that were sampled and scored before",
+            "name a directory, and fill it with `python -m sead_megatron cache CONFIG`",
+        )
+    if config.data.cache is not None and not objective.reads_cache:
+        raise UserError(
+            "data.cache",
+            config.data.cache,
+            f"objective {objective.name} samples its responses and reads no cache",
+            "remove it, or use objective lightning",
+        )
+    if objective.reads_cache and config.metrics.topk_lists:
+        raise UserError(
+            "metrics.topk_lists",
+            config.metrics.topk_lists,
+            f"compares with the teacher, which objective {objective.name} does not load",
+            "use 0",
+        )
+
+
 def check_prompts_for(config: TrainConfig, prompts: list[PromptRecord]) -> None:
     """Do the training prompts have what the objective reads? Raises UserError naming how many do not."""
     wanted = []
     if config.objective.needs_rewards:
         wanted.append(("answer", f"objective {config.objective.name} rewards right answers"))
+    if config.objective.own_batches < 1:
+        name = config.objective.name
+        wanted.append(("solution", f"objective {name} trains on it where student_share is below 1"))
     if config.teacher.context is not None:
         wanted.append(("solution", "teacher.context shows it to the teacher"))
     for key, reason in wanted:

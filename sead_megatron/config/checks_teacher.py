@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
-from sead_megatron.config.schema import ParallelConfig, TeacherConfig, TrainConfig
+from sead_megatron.config.models import ParallelConfig, TeacherConfig
+from sead_megatron.config.schema import TrainConfig
 from sead_megatron.data.prompts import PromptRecord
 from sead_megatron.errors import UserError, alternatives
 from sead_megatron.models.architecture import HFConfig

@@ -18,12 +18,24 @@ def training_prompts(config: TrainConfig, tokenizer: Tokenizer) -> list[Prompt]:
     """The prompts to train on, as the teacher reads them too; UserError as in `tokenise`."""
     records = read_prompts(config.data.prompts)
     prompts = tokenise(records, tokenizer, config, config.rollout.max_new_tokens)
+    pairs = list(zip(prompts, records, strict=True))
+    if config.objective.own_batches < 1:
+        prompts = [
+            replace(prompt, fixed_response=_fixed(record, config, tokenizer)) for prompt, record in pairs
+        ]
+        pairs = list(zip(prompts, records, strict=True))
     if config.teacher.context is None:
         return prompts
     return [
-        replace(prompt, teacher_token_ids=_teacher_ids(record, config, tokenizer))
-        for prompt, record in zip(prompts, records, strict=True)
+        replace(prompt, teacher_token_ids=_teacher_ids(record, config, tokenizer)) for prompt, record in pairs
     ]
+
+
+def _fixed(record: PromptRecord, config: TrainConfig, tokenizer: Tokenizer) -> tuple[tuple[int, ...], bool]:
+    """The solution as a response, cut as a rollout would be, and whether it is whole."""
+    ids = [*tokenizer.encode_text(record.solution or ""), *tokenizer.eos_ids[:1]]
+    longest = config.rollout.max_new_tokens
+    return tuple(ids[:longest]), len(ids) <= longest
 
 
 def _teacher_ids(record: PromptRecord, config: TrainConfig, tokenizer: Tokenizer) -> tuple[int, ...]:

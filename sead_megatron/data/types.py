@@ -19,6 +19,7 @@ class Prompt:
     """One training or evaluation prompt; ``token_ids`` is the rendered chat up to the response.
 
     ``teacher_token_ids`` is what the teacher reads in its place, where that is something else (`teacher.context`).
+    ``fixed_response`` is a response of the data, and whether it is whole, where some batches train on them.
 
     Raises ValueError when it has no token: nothing could predict the first response token.
     """
@@ -29,27 +30,42 @@ class Prompt:
     domain: str | None
     token_ids: tuple[int, ...]
     teacher_token_ids: tuple[int, ...] | None = None
+    fixed_response: tuple[tuple[int, ...], bool] | None = None
 
     def __post_init__(self) -> None:
         if not self.token_ids:
             raise ValueError(f"prompt {self.id!r} has no tokens")
 
 
+FIXED_RESPONSE = -1
+"""``Rollout.weight_version`` of a response that no student sampled."""
+
+# Arrays of a rollout with an entry a response token, and their columns of the token table.
+_OF_TOKENS = {
+    "logprobs": "rollout_logprob",
+    "entropies": "student_entropy",
+    "sampling_logprobs": "sampling_logprob",
+    "teacher_logprobs": "teacher_logprob",
+}
+
+
 @dataclass(frozen=True, eq=False)
 class Rollout:
-    """One sampled response (shapes: P prompt tokens, R response tokens; R may be 0).
+    """One response, sampled or fixed (shapes: P prompt tokens, R response tokens; R may be 0).
 
     Attributes:
         prompt_index: index into the prompt set.
         prompt_ids: int32 [P], P >= 1.
         response_ids: int32 [R], the stop token included.
-        logprobs: float32 [R], log probability of each sampled token at the loss' temperature, in nats.
-        entropies: float32 [R], the student's full-vocabulary entropy at the loss' temperature, in nats.
+        logprobs: float32 [R], log probability of each sampled token at the loss' temperature, in nats; None where
+            nothing was sampled.
+        entropies: float32 [R], the student's full-vocabulary entropy at the loss' temperature, in nats, or None.
         finished: False when the response was cut by ``max_new_tokens``.
-        weight_version: version of the student weights that sampled it.
+        weight_version: version of the student weights that sampled it, ``FIXED_RESPONSE`` for a response of the data.
         sampling_logprobs: float32 [R], log probability of each sampled token at the sampling temperature (before top-p
             and top-k), or None where it is not known.
         teacher_prompt_ids: int32 [P'], the prompt that the teacher reads, or None where it is ``prompt_ids``.
+        teacher_logprobs: float32 [R], cached log probabilities that the teacher gives the tokens, or None.
 
     Raises ValueError for another dtype or shape.
     """
@@ -57,12 +73,13 @@ class Rollout:
     prompt_index: int
     prompt_ids: npt.NDArray[np.int32]
     response_ids: npt.NDArray[np.int32]
-    logprobs: npt.NDArray[np.float32]
-    entropies: npt.NDArray[np.float32]
+    logprobs: npt.NDArray[np.float32] | None
+    entropies: npt.NDArray[np.float32] | None
     finished: bool
     weight_version: int
     sampling_logprobs: npt.NDArray[np.float32] | None = None
     teacher_prompt_ids: npt.NDArray[np.int32] | None = None
+    teacher_logprobs: npt.NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
         expected = {
@@ -72,6 +89,7 @@ class Rollout:
             "entropies": np.float32,
             "sampling_logprobs": np.float32,
             "teacher_prompt_ids": np.int32,
+            "teacher_logprobs": np.float32,
         }
         for name, dtype in expected.items():
             array = getattr(self, name)
@@ -83,16 +101,13 @@ class Rollout:
                 )
         if not len(self.prompt_ids):
             raise ValueError(f"rollout of prompt {self.prompt_index} has an empty prompt")
-        if not len(self.response_ids) == len(self.logprobs) == len(self.entropies):
-            raise ValueError(
-                f"rollout of prompt {self.prompt_index} has {len(self.response_ids)} response tokens, "
-                f"{len(self.logprobs)} logprobs and {len(self.entropies)} entropies"
-            )
-        if self.sampling_logprobs is not None and len(self.sampling_logprobs) != len(self.response_ids):
-            raise ValueError(
-                f"rollout of prompt {self.prompt_index} has {len(self.response_ids)} response tokens and "
-                f"{len(self.sampling_logprobs)} sampling_logprobs"
-            )
+        for name in _OF_TOKENS:
+            array = getattr(self, name)
+            if array is not None and len(array) != len(self.response_ids):
+                raise ValueError(
+                    f"rollout of prompt {self.prompt_index} has {len(self.response_ids)} response tokens and "
+                    f"{len(array)} {name}"
+                )
 
     @property
     def length(self) -> int:
@@ -210,23 +225,15 @@ class TokenTable:
     def from_rollouts(
         cls, rollouts: Sequence[Rollout], device: torch.device | str, facts: RolloutFacts | None = None
     ) -> TokenTable:
-        """The global batch with what the engine measured: ``rollout_logprob``, ``student_entropy`` and, where every
-        rollout has it, ``sampling_logprob``."""
+        """The global batch with what the engine measured, or a cache holds: the columns that every rollout has."""
         lengths = torch.tensor([0] + [len(r.response_ids) for r in rollouts], dtype=torch.int64)
         empty = np.empty(0, dtype=np.float32)
-        logprobs = np.concatenate([empty, *(r.logprobs for r in rollouts)])
-        entropies = np.concatenate([empty, *(r.entropies for r in rollouts)])
-        sampling = [r.sampling_logprobs for r in rollouts if r.sampling_logprobs is not None]
-        sampled = len(sampling) == len(rollouts)
-        return cls(
-            offsets=lengths.cumsum(0),
-            student_entropy=torch.from_numpy(entropies).to(device),
-            rollout_logprob=torch.from_numpy(logprobs).to(device),
-            sampling_logprob=torch.from_numpy(np.concatenate([empty, *sampling])).to(device)
-            if sampled
-            else None,
-            rollouts=facts,
-        )
+        columns = {}
+        for name, column in _OF_TOKENS.items():
+            arrays = [array for r in rollouts if (array := getattr(r, name)) is not None]
+            if len(arrays) == len(rollouts):
+                columns[column] = torch.from_numpy(np.concatenate([empty, *arrays])).to(device)
+        return cls(offsets=lengths.cumsum(0), rollouts=facts, **columns)
 
     @property
     def num_rollouts(self) -> int:

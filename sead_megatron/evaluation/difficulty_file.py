@@ -18,23 +18,17 @@ from sead_megatron.config import TrainConfig
 from sead_megatron.data.difficulty import PROMPT_SET
 from sead_megatron.data.prompts import AnyPrompt, prompt_set_hash
 from sead_megatron.errors import UserError
-from sead_megatron.models.converted import DCP_METADATA, MARKER, config_hash, is_distributed
-from sead_megatron.models.safetensors_index import read_index
+from sead_megatron.models.identity import model_identity
 from sead_megatron.records import write_atomically
 
 
 def describe(config: TrainConfig, prompts: Sequence[AnyPrompt], samples: int) -> dict[str, Any]:
-    """The provenance: everything that decides the pass rates, but for the values of the weights.
-
-    Their index stands for them (names, types, shapes and places of the tensors), since hashing the weights of a large
-    model takes minutes.
-    """
+    """The provenance: everything that decides the pass rates, but for the values of the weights."""
     rollout = config.rollout
     grading = Path(__file__).with_name("grading.py")
     return {
         "model": config.student.path,
-        "config_sha256": config_hash(config.student.path),
-        "weights_index_sha256": _index_hash(config.student.path),
+        **model_identity(config.student.path),
         "sampling": {
             "temperature": rollout.temperature,
             "top_p": rollout.top_p,
@@ -51,19 +45,6 @@ def describe(config: TrainConfig, prompts: Sequence[AnyPrompt], samples: int) ->
         },
         PROMPT_SET: prompt_set_hash(prompts),
     }
-
-
-def _index_hash(directory: str) -> str:
-    digest = hashlib.sha256()
-    if is_distributed(directory):
-        for name in (MARKER, DCP_METADATA):
-            digest.update((Path(directory) / name).read_bytes())
-        return digest.hexdigest()
-    for name, entry in sorted(read_index(directory).tensors.items()):
-        digest.update(
-            repr((name, entry.file.name, entry.dtype, entry.shape, entry.start, entry.end)).encode()
-        )
-    return digest.hexdigest()
 
 
 class DifficultyFile:

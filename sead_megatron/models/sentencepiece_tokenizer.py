@@ -77,9 +77,10 @@ class SentencePieceTokenizer:
             raise UserError(
                 f"{self._path}: chat template", None, str(error), "change the messages"
             ) from error
-        return self._encode_with_special_tokens(text)
+        return self.encode_text(text)
 
-    def _encode_with_special_tokens(self, text: str) -> list[int]:
+    def encode_text(self, text: str) -> list[int]:
+        """See `Tokenizer`."""
         ids: list[int] = []
         for part in self._split.split(text) if self._split is not None else [text]:
             if part in self._special:

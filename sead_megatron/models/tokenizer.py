@@ -36,6 +36,10 @@ class Tokenizer(Protocol):
         prompt)."""
         ...
 
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of a text by itself: nothing is added to it."""
+        ...
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids` without special tokens."""
         ...
@@ -100,6 +104,10 @@ class HFTokenizer:
             raise UserError(
                 f"{self._path}: chat template", None, str(error), "change the messages"
             ) from error
+        return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def encode_text(self, text: str) -> list[int]:
+        """See `Tokenizer`."""
         return list(self._tokenizer.encode(text, add_special_tokens=False))
 
     def decode(self, ids: Sequence[int]) -> str:

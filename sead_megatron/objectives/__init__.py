@@ -16,6 +16,7 @@ from sead_megatron.objectives.eopd import Eopd, EopdObjective
 from sead_megatron.objectives.gkd import Gkd, GkdObjective
 from sead_megatron.objectives.gopd import Gopd, GopdObjective
 from sead_megatron.objectives.grpo import Grpo, GrpoObjective
+from sead_megatron.objectives.lightning import Lightning, LightningObjective
 from sead_megatron.objectives.mopd import Mopd, MopdObjective
 from sead_megatron.objectives.opd import Opd, OpdObjective
 from sead_megatron.objectives.opsd import Opsd, OpsdObjective
@@ -44,6 +45,7 @@ OBJECTIVES: dict[str, tuple[type[ObjectiveSection], type[Objective[Any]]]] = {
     "opsd": (OpsdObjective, Opsd),
     "grpo": (GrpoObjective, Grpo),
     "mopd": (MopdObjective, Mopd),
+    "lightning": (LightningObjective, Lightning),
     "paced": (PacedObjective, Paced),
     "reopold": (ReopoldObjective, Reopold),
     "scope": (ScopeObjective, Scope),

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from sead_megatron.data.terms import Term
-from sead_megatron.objectives.base import Objective, ObjectiveSection, coefficients_of
+from sead_megatron.objectives.base import MixtureSection, Objective, coefficients_of
 
 if TYPE_CHECKING:
     from sead_megatron.data.types import Coefficients, TokenTable
 
 
-class AklObjective(ObjectiveSection):
+class AklObjective(MixtureSection):
     """AKL (arXiv 2404.02657): ``(g_head FKL + g_tail RKL) / (g_head + g_tail)`` with detached gaps.
 
     The gap g is ``sum |p - q|``, over the smallest set of tokens with half of the teacher's probability (head) and over

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 from pydantic import Field
 
 from sead_megatron.data.terms import Divergence, Term
-from sead_megatron.section import PositiveFloat, Section
+from sead_megatron.section import PositiveFloat, Section, Share
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,6 +39,13 @@ class ObjectiveSection(Section):
     needs_difficulty: ClassVar[bool] = False
     """`curriculum.difficulty` must name a file."""
     min_samples_per_prompt: ClassVar[int] = 1
+    reads_cache: ClassVar[bool] = False
+    """Trains on `data.cache`: nothing is sampled, and no teacher is loaded."""
+
+    @property
+    def own_batches(self) -> float:
+        """Share of the batches that are rollouts; the others are fixed responses of the data."""
+        return 1.0
 
     @property
     def follows_sampled_tokens(self) -> bool:
@@ -83,6 +90,19 @@ class PolicyGradientSection(ObjectiveSection):
     @property
     def corrects_sampling(self) -> bool:
         return self.importance_clip is not None
+
+
+class MixtureSection(ObjectiveSection):
+    """A divergence at given prefixes, whoever wrote them: it may train on fixed responses too."""
+
+    student_share: Share = 1.0
+    """Share of the batches that are the student's own rollouts (lambda of GKD, arXiv 2306.13649); in the others the
+    response to each prompt is its `solution`, with the same divergence. A coin a batch decides, by seed and step. 0
+    samples nothing."""
+
+    @property
+    def own_batches(self) -> float:
+        return self.student_share
 
 
 Settings = TypeVar("Settings", bound=ObjectiveSection)

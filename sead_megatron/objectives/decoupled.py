@@ -9,7 +9,7 @@ from pydantic import Field
 
 from sead_megatron.data.terms import Term
 from sead_megatron.errors import UserError
-from sead_megatron.objectives.base import Objective, ObjectiveSection, coefficients_of
+from sead_megatron.objectives.base import MixtureSection, Objective, coefficients_of
 from sead_megatron.section import PositiveInt, Share
 
 if TYPE_CHECKING:
@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 _EMA_DECAY = 0.9
 
 
-class DecoupledObjective(ObjectiveSection):
-    """``mu FKL + (1 - mu) RKL`` on the student's prefixes (arXiv 2605.16826), with a curriculum of lengths.
+class DecoupledObjective(MixtureSection):
+    """``mu FKL + (1 - mu) RKL`` (arXiv 2605.16826), with a curriculum of lengths.
+
+    On the student's prefixes, with `student_share: 0` on those of the data, such as the teacher's.
 
     Only the abstract was at hand: mu, the lengths and the gate are not published, all defaults are ours.
     """
@@ -38,6 +40,13 @@ class DecoupledObjective(ObjectiveSection):
     """A stage ends only while the running mean of the student's entropy is at least this part of the first step's."""
 
     def check(self, config: TrainConfig) -> None:
+        if self.lengths and self.student_share < 1:
+            raise UserError(
+                "objective.student_share",
+                self.student_share,
+                "must be 1 with objective.lengths, which follow the entropy of rollouts",
+                "use 1, or no lengths",
+            )
         limits = [*self.lengths, config.rollout.max_new_tokens]
         if any(later <= earlier for earlier, later in pairwise(limits)):
             raise UserError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from sead_megatron.data.terms import Term
-from sead_megatron.objectives.base import Objective, ObjectiveSection, coefficients_of
+from sead_megatron.objectives.base import MixtureSection, Objective, coefficients_of
 from sead_megatron.section import NonNegativeFloat
 
 if TYPE_CHECKING:
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 _SMALLEST_REST = 1e-3
 
 
-class DrklObjective(ObjectiveSection):
+class DrklObjective(MixtureSection):
     """DRKL (arXiv 2604.00223): ``KL(binary: target or not) + gamma KL(q^ || p^)``, q^ and p^ without the target.
 
-    Published for fixed texts, whose next token is the target; here it is the sampled token.
+    Published for fixed texts, whose next token is the target (`student_share: 0`); in rollouts it is the sampled token.
     """
 
     name: Literal["drkl"] = "drkl"

@@ -1,4 +1,4 @@
-"""GKD (arXiv 2306.13649): a generalised Jensen-Shannon divergence, or another, on the student's own rollouts."""
+"""GKD (arXiv 2306.13649): a generalised Jensen-Shannon divergence, or another, on rollouts and fixed responses."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from sead_megatron.data.terms import Pointwise, Term
-from sead_megatron.objectives.base import Objective, ObjectiveSection, coefficients_of
+from sead_megatron.objectives.base import MixtureSection, Objective, coefficients_of
 from sead_megatron.objectives.selection import reduced_to_rollouts
 
 if TYPE_CHECKING:
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 _WHOLE = {"forward": Term.FORWARD_KL, "reverse": Term.REVERSE_KL}
 
 
-class GkdObjective(ObjectiveSection):
+class GkdObjective(MixtureSection):
     """GKD (arXiv 2306.13649): the mean over rollouts of the mean divergence of their tokens.
 
-    Fully on-policy (lambda = 1, the student's fraction); its mixture with fixed responses is left out.
+    Its lambda, the student's fraction of the batches, is `student_share`.
     """
 
     name: Literal["gkd"] = "gkd"

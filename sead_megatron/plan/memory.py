@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sead_megatron.config import TrainConfig
-from sead_megatron.config.schema import FP8_RECIPES, ParallelConfig
+from sead_megatron.config.models import ParallelConfig
+from sead_megatron.config.schema import FP8_RECIPES
 from sead_megatron.models.architecture import HFConfig
 from sead_megatron.models.layouts import padded_vocab_size
 from sead_megatron.models.stages import stage_layers
@@ -40,6 +41,7 @@ class Run:
     config: TrainConfig
     student: HFConfig
     teachers: tuple[HFConfig, ...]
+    """None where the configuration loads none."""
     world: int
     device: Device | None
     """None on the CPU, where Transformer Engine's layers do not run and engines do not sleep."""
@@ -53,8 +55,8 @@ class Run:
 
     @property
     def teacher_layout(self) -> Layout:
-        """The teachers' layout over the world."""
-        return _layout(self.config.teacher.parallel, self.world)
+        """The teachers' layout over the world; without one nothing is split."""
+        return _layout(self.config.teacher.parallel if self.teachers else ParallelConfig(), self.world)
 
     @property
     def rollouts(self) -> int:
@@ -166,12 +168,13 @@ class _Planner:
             "student weights": trained.parameters,
             "gradients": trained.gradients,
             "optimizer masters": trained.masters,
-            "teacher weights": sum(
+        }
+        if run.teachers:
+            always["teacher weights"] = sum(
                 self._frozen_bytes(model, teacher.tensor, stages, teacher_stage)
                 for model, stages in zip(run.teachers, self._teacher_stages, strict=True)
-            ),
-            "teacher output layer": sum(self._output_bytes(model, stage) for model in run.teachers),
-        }
+            )
+            always["teacher output layer"] = sum(self._output_bytes(model, stage) for model in run.teachers)
         if run.config.teacher.ema is not None and self._teacher_element == 2:
             # In float32, of every parameter of the student, whose layout is the teacher's.
             always["teacher averages"] = 4 * sum(shard.numel for shard in parameters)
@@ -231,6 +234,8 @@ class _Planner:
 
     def _engine_bytes(self) -> dict[str, int]:
         run, rollout = self._run, self._run.config.rollout
+        if not run.config.loads_engine:
+            return {}
         weights = run.engine_weights()
         terms = {"engine weights": weights}
         if run.device is not None:
@@ -241,12 +246,14 @@ class _Planner:
         return terms | {"KV cache": max(0, budget - sum(terms.values()))}
 
     def _engine_asleep(self) -> dict[str, int]:
-        if self._run.device is None:
+        if self._run.device is None or not self._run.config.loads_engine:
             return self._engine_bytes()
         return {"engine asleep": ENGINE_ASLEEP_BYTES}
 
     def _sync_phase(self) -> dict[str, int]:
         """A bucket of this rank's shard, gathered over TP, then merged into whole tensors."""
+        if not self._run.config.loads_engine:
+            return {}
         bucket = self._run.config.rollout.sync_bucket_mib * MIB * (2 * self._run.student_layout.tensor + 1)
         own = sum(shard.numel for shard in self._parameters(0)) * self._student_element
         bucket = min(bucket, own * (2 * self._run.student_layout.tensor + 1))
@@ -268,10 +275,14 @@ class _Planner:
         return max((teacher.hidden_size for teacher in self._run.teachers), default=0)
 
     def _hidden_on_device(self) -> bool:
+        if not self._run.teachers:
+            return False
         return self._run.device is None or not self._run.config.teacher.offload_hidden
 
     def _teacher_phase(self, teacher_stage: int, stage: int) -> dict[str, int]:
         run, config = self._run, self._run.config
+        if not run.teachers:
+            return {}
         shape = ActivationShape(
             run.teacher_layout.tensor,
             config.teacher.parallel.sequence_parallel,

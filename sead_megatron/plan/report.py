@@ -38,10 +38,10 @@ def headline(plan: Plan) -> str:
     run = plan.run
     device = run.device.name if run.device else "CPU"
     engine = run.config.rollout.tensor_parallel
-    teacher = run.teacher_layout if run.teachers else "none"
     return (
-        f"{run.world} x {device}: student {run.student_layout}, teacher {teacher}, "
-        f"{run.world // engine} engines of TP{engine}"
+        f"{run.world} x {device}: student {run.student_layout}, "
+        + (f"teacher {run.teacher_layout}" if run.teachers else "no teacher")
+        + (f", {run.world // engine} engines of TP{engine}" if run.config.loads_engine else ", no engine")
     )
 
 

@@ -115,7 +115,7 @@ def _with(run: Run, overrides: dict[str, Any]) -> Run | None:
         section[name] = value
     candidate = replace(run, config=TrainConfig.model_validate(raw))
     try:
-        teachers = dict(zip(candidate.config.teacher.directories.values(), run.teachers, strict=True))
+        teachers = dict(zip(candidate.config.teachers.values(), run.teachers, strict=True))
         check_layouts(candidate.config, run.world, run.student, teachers)
         check_precision(candidate.config, run.student, teachers)
     except UserError:

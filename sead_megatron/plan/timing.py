@@ -123,6 +123,8 @@ class _Model:
 
     def rollout(self, responses: np.ndarray) -> tuple[float, float]:
         """(seconds until the slowest engine is done, of that with a tenth of the sequences or fewer)."""
+        if not self._run.config.samples_rollouts:
+            return 0.0, 0.0
         engines = self._run.world // self._run.config.rollout.tensor_parallel
         ends: list[float] = []
         for engine in range(min(engines, len(responses))):

@@ -28,6 +28,7 @@ from sead_megatron.objectives.base import Objective
 from sead_megatron.parallel import megatron_on_cpu
 from sead_megatron.profiling import Profile, build_profile
 from sead_megatron.rollout.engine import RolloutEngine, Sampling
+from sead_megatron.training.cached_responses import CachedResponses
 from sead_megatron.training.models import Models, build_models
 
 # Longer than the slowest collective of a healthy run (waiting for the longest rollout), short enough to end a dead one.
@@ -43,7 +44,8 @@ class Job:
 
     config: TrainConfig
     device: torch.device
-    engine: RolloutEngine
+    optional_engine: RolloutEngine | None
+    """None where nothing is sampled."""
     models: Models
     weights: HFStream
     tokenizer: Tokenizer
@@ -56,6 +58,15 @@ class Job:
     objective: Objective
     profile: Profile | None
     """The profiled steps of this rank; None when none of its steps are."""
+    cache: CachedResponses | None = None
+    """What is trained on in place of rollouts, where the objective reads a cache."""
+
+    @property
+    def engine(self) -> RolloutEngine:
+        """The rollout engine. Raises RuntimeError in a run without one."""
+        if self.optional_engine is None:
+            raise RuntimeError("a run without an engine was asked to sample")
+        return self.optional_engine
 
     @property
     def rank(self) -> int:
@@ -75,7 +86,9 @@ class Job:
         return Sampler(self.engine, self.tokenizer, grader, config.evaluation.samples, sampling, config.seed)
 
     def sync_weights(self, version: int) -> None:
-        """Gives the engine the student's weights (a collective over the world)."""
+        """Gives the engine, if there is one, the student's weights (a collective over the world)."""
+        if self.optional_engine is None:
+            return
         self.engine.wake_for_weights()
         self.engine.load_weights(self.weights, version)
         self.engine.wake_for_rollouts()
@@ -158,15 +171,18 @@ def build_job(config: TrainConfig, report: Callable[[str], None]) -> Job:
         config.curriculum, difficulties, len(prompts), config.steps, config.data.prompts_per_step, config.seed
     )
     objective = build_objective(config.objective, config.steps)
+    cache = CachedResponses(config, prompts) if config.objective.reads_cache else None
     device = init_world(config.device)
     profile = build_profile(config, dist.get_rank())
-    report("starting the rollout engine")
-    engine = build_engine(config)
+    engine = None
+    if config.loads_engine:
+        report("starting the rollout engine")
+        engine = build_engine(config)
     if device.type == "cpu":
         # After the engine, which asks torch about the machine's real devices.
         megatron_on_cpu.install()
     report(f"loss kernel: {describe_backend(config.kernel.backend, device)}")
-    report("loading student and teacher")
+    report("loading student and teacher" if config.teachers else "loading the student")
     models = build_models(config, device, prompts)
     if profile is not None:
         profile.watch(models.student.model.module.config, *models.teachers.megatron_configs)
@@ -186,6 +202,7 @@ def build_job(config: TrainConfig, report: Callable[[str], None]) -> Job:
         curriculum,
         objective,
         profile,
+        cache,
     )
 
 

@@ -47,8 +47,7 @@ def build_models(config: TrainConfig, device: torch.device, prompts: Sequence[Pr
     """
     world = dist.get_world_size()
     s_layout = Layout(config.student.parallel.tensor, config.student.parallel.pipeline, world)
-    t_layout = Layout(config.teacher.parallel.tensor, config.teacher.parallel.pipeline, world)
-    s_groups, t_groups = student_groups(s_layout), teacher_groups(t_layout)
+    s_groups = student_groups(s_layout)
     model_parallel_cuda_manual_seed(config.seed)
     student_model = build_model(
         read_hf_config(config.student.path),
@@ -61,9 +60,13 @@ def build_models(config: TrainConfig, device: torch.device, prompts: Sequence[Pr
         stages=config.student.parallel.stages,
     )
     load_weights(student_model, config.student.path)
-    teachers = Teachers(
-        [_teacher(path, config, t_groups, s_groups, device, prompts) for path in config.teacher.directories]
-    )
+    members = []
+    if config.teachers:
+        t_groups = teacher_groups(
+            Layout(config.teacher.parallel.tensor, config.teacher.parallel.pipeline, world)
+        )
+        members = [_teacher(path, config, t_groups, s_groups, device, prompts) for path in config.teachers]
+    teachers = Teachers(members)
     student = Student(student_model, config, device)
     moving = None
     if config.teacher.ema is not None:

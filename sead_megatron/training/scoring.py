@@ -21,8 +21,10 @@ def with_teacher_columns(
 ) -> TokenTable:
     """Adds the teacher's entropy and logprob, when the objective reads one and its own statistics will not bring it.
 
-    A collective over the world.
+    A collective over the world. Without a teacher the table keeps what the rollouts brought.
     """
+    if not models.teachers.members:
+        return table
     entropy = objective.needs_teacher_entropy and (
         not objective.uses_trainer_entropy or objective.teacher_topk
     )

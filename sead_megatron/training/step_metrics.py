@@ -107,8 +107,9 @@ def rollout_records(
             "weight_version": rollout.weight_version,
             "tokens": rollout.response_ids.tolist(),
             "token_texts": [tokenizer.decode([token]) for token in rollout.response_ids.tolist()],
-            "logprobs": _rounded(torch.from_numpy(rollout.logprobs)),
         }
+        if rollout.logprobs is not None:
+            record["logprobs"] = _rounded(torch.from_numpy(rollout.logprobs))
         if coefficients.zones is not None:
             record["zones"] = "".join(_ZONE_NAMES[zone] for zone in coefficients.zones[tokens].tolist())
         for name in columns:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sead_megatron.config import TrainConfig
 from sead_megatron.data.packing import PackedRow, build_row, pack_rows
+from sead_megatron.data.terms import Term
 from sead_megatron.data.types import Coefficients
 from sead_megatron.models.build import BuiltModel
 from sead_megatron.training.optimizer import StudentOptimizer, wrap_for_training
@@ -54,7 +55,7 @@ class Student:
         self.model = model
         self.device = device
         self._sequence_parallel = config.student.parallel.sequence_parallel
-        self._has_teacher = bool(config.teacher.directories)
+        self._has_teacher = bool(config.teachers)
         self._max_tokens = config.batch.max_tokens_per_microbatch
         self._packing = config.batch.packing
         self.temperature = config.objective.temperature
@@ -93,16 +94,17 @@ class Student:
         names = (*own, *TOPK_COLUMNS) if topk else own
 
         def measure(hidden: Tensor, row: PackedRow) -> tuple[Tensor, dict[str, Tensor]]:
+            labels = row.labels.to(self.device)
             teacher = self._teacher_of(scores, row)
             if teacher is None:
-                return row.token_index, self._own_statistics(hidden, row.labels.to(self.device))
+                return row.token_index, self._own_statistics(hidden, labels)
             teacher_hidden, teacher_output = teacher
             state = linear_stats(
                 hidden,
                 self.model.module.output_weight().detach(),
                 teacher_hidden,
                 teacher_output,
-                row.labels.to(self.device),
+                labels,
                 shard=self.shard,
                 temperature=self.temperature,
                 options=self.tile_options,
@@ -135,6 +137,8 @@ class Student:
     def train_step(self, plan: StepPlan, scores: Scores | None, coefficients: Coefficients) -> Update:
         """Forward, loss and backward of all microbatches, gradient reduction and optimizer step (a collective)."""
         weights = (coefficients.weights / coefficients.normalizer).to(self.device)
+        if not self._has_teacher and bool(weights[:, [Term.FORWARD_KL, Term.REVERSE_KL]].any()):
+            raise ValueError("a coefficient of a divergence, in a run without a teacher")
         groups = self.model.groups
 
         def forward_step(rows: Iterator[PackedRow], model: Any) -> tuple[Tensor, Any]:

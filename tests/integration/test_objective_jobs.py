@@ -53,7 +53,7 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
-def _write_job(directory: Path, changes: dict[str, Any]) -> Path:
+def write_quickstart_job(directory: Path, changes: dict[str, Any]) -> Path:
     """The quick start with few prompts, two steps and `changes`; solutions are the answers, domains two in turn."""
     config = yaml.safe_load((PAIR / "config.yaml").read_text())
     config |= {"run_dir": str(directory / "run"), "steps": 2, "metrics": {}, "checkpoint": {"every": 2}}
@@ -68,7 +68,7 @@ def _write_job(directory: Path, changes: dict[str, Any]) -> Path:
     config["data"] = {"prompts": str(directory / "prompts.jsonl"), "prompts_per_step": 16}
     config["curriculum"], config["evaluation"] = {"name": "uniform"}, {}
     for section, values in changes.items():
-        replaced = section == "objective"
+        replaced = section == "objective" or not isinstance(values, dict)
         config[section] = values if replaced or not values else config.get(section, {}) | values
     path = directory / "config.yaml"
     path.write_text(yaml.safe_dump(config))
@@ -77,7 +77,7 @@ def _write_job(directory: Path, changes: dict[str, Any]) -> Path:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run(tmp_path: Path, name: str) -> None:
-    ended = run_job(_write_job(tmp_path, RUNS[name]), 2)
+    ended = run_job(write_quickstart_job(tmp_path, RUNS[name]), 2)
     assert ended.returncode == 0, ended.output[-4000:]
     records = read_records(tmp_path / "run/metrics.jsonl")
     assert [record["step"] for record in records] == [1, 2]
@@ -139,7 +139,7 @@ def _tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
 def test_a_teacher_that_follows_the_student(tmp_path: Path) -> None:
     """Checkpoints of four steps hold averages of the student's weights; resumed after two, the rest is equal."""
     decay, follows = 0.9, {"path": str(PAIR / "student"), "ema": 0.9, "parallel": {"tensor": 1}}
-    job = _write_job(tmp_path, {"teacher": follows, "objective": {"name": "opd"}})
+    job = write_quickstart_job(tmp_path, {"teacher": follows, "objective": {"name": "opd"}})
     overrides = ["steps=4", "checkpoint.every=1", "checkpoint.keep=4", "rollout.temperature=1.0"]
     ended = run_job(job, 2, *overrides)
     assert ended.returncode == 0, ended.output[-4000:]

@@ -74,7 +74,7 @@ sys.exit(cli.main(["train", *sys.argv[1:]]))
          "error: command line: argument --nproc-per-node: 'two' is not a positive integer; "
          "run `python -m sead_megatron train --help`"),
         (["tain"],
-         'error: command = "tain": must be train, check, dry-run, report or evaluate; '
+         'error: command = "tain": must be train, check, dry-run, cache, report or evaluate; '
          "run `python -m sead_megatron --help`"),
     ],
 )  # fmt: skip

@@ -10,6 +10,7 @@ import pytest
 from sead_megatron.config import check_config, load_config
 from sead_megatron.errors import UserError
 from sead_megatron.objectives import OBJECTIVES
+from tests.tiny_cache import write_cache
 from tests.tiny_inputs import write_inputs, write_jsonl, write_model
 
 CONTEXT = 'teacher.context="{problem} is {solution}"'
@@ -74,6 +75,17 @@ ON_POLICY = "rollout.temperature=1.0"
          '"{problem}\\n\\nA correct solution:\\n{solution}"'),
         (['teacher.context="{problem} only"'],
          'teacher.context = "{problem} only": must hold {solution}; add it'),
+        (["objective={name: lightning}", ON_POLICY],
+         "data.cache: required with objective lightning: it trains on responses that were sampled and scored before; "
+         "name a directory, and fill it with `python -m sead_megatron cache CONFIG`"),
+        (["objective={name: lightning}"],
+         "rollout.temperature = 0.7: objective lightning follows sampled tokens: must be objective.temperature (1), or "
+         "its gradient is biased; use 1"),
+        (["data.cache=somewhere"],
+         'data.cache = "somewhere": objective sead samples its responses and reads no cache; remove it, or use '
+         "objective lightning"),
+        (["objective={name: lightning}", ON_POLICY, "data.cache=somewhere", "metrics.topk_lists=4"],
+         "metrics.topk_lists = 4: compares with the teacher, which objective lightning does not load; use 0"),
         (["objective={name: decoupled, lengths: [8, 8]}"],
          "objective.lengths = [8, 8]: must ascend and stay below rollout.max_new_tokens (16); use for example "
          "[1024, 2048, 4096]"),
@@ -123,6 +135,9 @@ def test_every_objective_can_be_configured(good: Path, name: str) -> None:
     if section.needs_solutions:
         overrides.append(CONTEXT)
     overrides.append(f"rollout.samples_per_prompt={section.min_samples_per_prompt}")
+    if section.reads_cache:
+        overrides.append(f"data.cache={good.parent}/cache")
+        write_cache(load_config(good, overrides))
     check_config(load_config(good, overrides), 1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -287,6 +288,37 @@ def test_table_and_json_agree(config: str) -> None:
     )
     for assumption in ("collective latency 1e-05", "median 4,000", "decode overhead"):
         assert assumption in table.stdout.replace("\n", " ")
+
+
+LIGHTNING = [
+    "objective={name: lightning}",
+    "data.cache=unused",
+    "rollout.temperature=1.0",
+    "teacher.path=nowhere",
+]
+
+
+def test_a_run_on_cached_scores_holds_the_student_only(config: str) -> None:
+    """Neither a teacher nor an engine in memory and time; an engine again where it evaluates."""
+    alone = json.loads(plan(config, "--world-size", "32", "--format", "json", *LIGHTNING).stdout)
+    for phase in (phase for rank in alone["ranks"] for phase in rank["phases"].values()):
+        for name in phase["later_steps"]:
+            assert not name.startswith(("teacher", "engine", "KV")), name
+    assert alone["time"]["rollout"] == alone["time"]["teacher"] == 0 < alone["time"]["update"]
+    evaluated = plan(config, "--world-size", "32", *LIGHTNING, "evaluation.prompts=unused")
+    assert "no teacher, 4 engines of TP8" in evaluated.stdout and "KV cache" in evaluated.stdout
+    ended = plan(config, "--world-size", "32", "--search", *LIGHTNING)
+    assert ended.stderr == (
+        "error: --search: objective lightning loads no teacher, whose layouts are searched; leave it out\n"
+    )
+
+
+def test_dry_run_of_a_run_on_cached_scores(config: str) -> None:
+    command = [sys.executable, "-m", "sead_megatron", "dry-run", config, "--world-size", "8", *LIGHTNING]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert "8 ranks: student TP4 PP1 DP2, no teacher; configuration" in ended.stdout
+    assert re.search(r"built on rank 0: student [\d,]+ parameters", ended.stdout)
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,8 @@ def test_every_preset_is_valid_and_says_where_it_is_from(tmp_path: Path, name: s
     section = OBJECTIVES[preset["objective"]["name"]][0].model_validate(preset["objective"])
     if section.needs_reference:
         changes["reference"] = {"path": "models/student"}
+    if section.reads_cache:
+        changes["data"] = changes["data"] | {"cache": "data/cache"}
     config = load_config(config_file(tmp_path, **changes), [] if section.needs_teacher else ["teacher={}"])
     assert config.objective == section
     check_objective(config)

@@ -106,8 +106,8 @@ def test_table_refuses_columns(column: torch.Tensor, message: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"logprobs": np.zeros(1, dtype=np.float32)}, "2 response tokens, 1 logprobs and 2 entropies"),
-        ({"entropies": np.zeros(3, dtype=np.float32)}, "2 logprobs and 3 entropies"),
+        ({"logprobs": np.zeros(1, dtype=np.float32)}, "2 response tokens and 1 logprobs"),
+        ({"entropies": np.zeros(3, dtype=np.float32)}, "2 response tokens and 3 entropies"),
         ({"entropies": np.zeros(2, dtype=np.float64)}, "entropies must be a 1-D float32"),
         ({"response_ids": np.zeros((2, 1), dtype=np.int32)}, "response_ids must be a 1-D int32"),
         ({"prompt_ids": np.zeros(0, dtype=np.int32)}, "empty prompt"),

@@ -69,8 +69,12 @@ def run_layout(layout: dict[str, Any], names: list[str], second: str | None) -> 
         raw | {"reference": reference, "optimizer": optimizer, "teacher": teacher}
     )
     models = build_models(config, torch.device("cpu"))
+    cached = [name for name in names if OBJECTIVES[name][0].reads_cache]
+    online = online_update(models, config) if cached else None
     results = {}
     for step, name in enumerate(names):
+        if name in cached:
+            continue
         objective = build_objective(OBJECTIVES[name][0].model_validate({"name": name}), 4)
         rollouts = rollouts_of(step)
         prompts = [Prompt(str(i), [], "0", domain, (3,)) for i, domain in enumerate(DOMAINS[step % 3])]
@@ -100,7 +104,62 @@ def run_layout(layout: dict[str, Any], names: list[str], second: str | None) -> 
             "reference_logprob": table.require("reference_logprob").tolist(),
         }
     destroy_groups()
+    for name in cached:
+        objective = build_objective(OBJECTIVES[name][0].model_validate({"name": name}), 4)
+        assert online is not None
+        results[name] = cached_update(config, objective, *online)
+        destroy_groups()
     return results
+
+
+def online_update(models: Any, config: Any) -> tuple[Any, dict[str, float]]:
+    """The teacher's logprobs of the first rollouts, and what sampled OPD's update on them is from the first weights."""
+    from sead_megatron.data.types import TokenTable
+    from sead_megatron.objectives.opd import Opd, OpdObjective
+    from sead_megatron.training.scoring import with_teacher_columns
+    from sead_megatron.training.step_plan import plan_step
+
+    objective, rollouts = Opd(OpdObjective(form="sampled"), 4), rollouts_of(0)
+    teacher_of = [config.teacher.index_of(DOMAINS[0][rollout.prompt_index]) for rollout in rollouts]
+    plan = plan_step(rollouts, models.student.model.groups.layout, teacher_of)
+    scores = models.teachers.score(plan)
+    table = TokenTable.from_rollouts(rollouts, "cpu")
+    table = with_teacher_columns(models, objective, plan, scores, table)
+    logprobs = table.require("teacher_logprob")
+    measured = table.with_columns(**models.student.token_stats(plan, scores))
+    update = models.student.train_step(plan, scores, objective.coefficients(measured, 0))
+    return logprobs.numpy(), {"online_loss": update.loss, "online_grad_norm": update.grad_norm}
+
+
+def cached_update(config: Any, objective: Any, logprobs: Any, online: dict[str, float]) -> dict[str, float]:
+    """The same update without a teacher, on its cached logprobs."""
+    from dataclasses import replace
+
+    from sead_megatron.data.types import TokenTable
+    from sead_megatron.training.models import build_models
+    from sead_megatron.training.step_plan import plan_step
+
+    alone = config.model_copy(update={"objective": objective.config, "reference": None})
+    models = build_models(alone, torch.device("cpu"))
+    assert not models.teachers.members
+    offsets = np.cumsum([0, *(len(rollout.response_ids) for rollout in rollouts_of(0))])
+    rollouts = [
+        replace(rollout, teacher_logprobs=logprobs[offsets[i] : offsets[i + 1]], teacher_prompt_ids=None)
+        for i, rollout in enumerate(rollouts_of(0))
+    ]
+    plan = plan_step(rollouts, models.student.model.groups.layout, [0] * len(rollouts))
+    table = TokenTable.from_rollouts(rollouts, "cpu")
+    table = table.with_columns(**models.student.token_stats(plan, None))
+    coefficients = objective.coefficients(table, 0)
+    refused = 0.0
+    try:
+        weights = torch.ones_like(coefficients.weights)
+        models.student.train_step(plan, None, replace(coefficients, weights=weights))
+    except ValueError:
+        refused = 1.0
+    update = models.student.train_step(plan, None, coefficients)
+    active = coefficients.metrics["tokens/active"]
+    return {"loss": update.loss, "grad_norm": update.grad_norm, "active": active, "refused": refused} | online
 
 
 def body(
