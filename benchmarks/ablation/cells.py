@@ -58,6 +58,7 @@ METHODS: dict[str, Overrides] = {
             "drop_equal_groups": False,
             "reference_kl": 0.04,
         },
+        "teacher": {},  # it reads none
         "reference": {"path": STUDENT},
         "data": {"prompts_per_step": 12},
         "rollout": {"temperature": 1.0, "samples_per_prompt": 8},

@@ -67,7 +67,7 @@ class Job:
 def _flat(values: Overrides, prefix: str = "") -> Iterable[tuple[str, object]]:
     """Dotted keys; an objective is replaced as a whole, since its fields depend on its name."""
     for key, value in values.items():
-        if isinstance(value, dict) and key not in ("objective", "reference"):
+        if isinstance(value, dict) and value and key not in ("objective", "reference"):
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

@@ -42,6 +42,7 @@ def test_every_method_has_as_many_rollouts() -> None:
         assert (config.seed, config.optimizer.lr) == (3, 1e-3)
         privileged = config.teacher.context is not None
         assert privileged == config.objective.needs_solutions
+        assert bool(config.teachers) == config.objective.needs_teacher
 
 
 def test_learning_rates_are_halved_while_that_helps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
