@@ -9,5 +9,5 @@ shift || true
 cd "$(dirname "$0")/../.."
 [ -f examples/smollm2/models/teacher/config.json ] || { echo "run examples/smollm2/prepare.sh first" >&2; exit 2; }
 exec python -m sead_megatron evaluate examples/smollm2/models/teacher --benchmarks "${benchmarks[@]}" \
-  --output runs/smollm2_evaluation --device cpu --dtype bfloat16 --max-new-tokens 512 --max-num-seqs 32 --batch 64 --nproc-per-node 2 \
+  --output runs/smollm2_evaluation --device cpu --max-new-tokens 512 --max-num-seqs 64 --batch 128 --nproc-per-node 2 \
   --instruction 'Please reason step by step, and put your final answer within \boxed{}.' "$@"
