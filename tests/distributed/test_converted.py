@@ -49,6 +49,9 @@ def _models(path: Path) -> dict[str, Path]:
     return models
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
     """model -> (Hugging Face directory, converted one)."""
@@ -156,7 +159,6 @@ def _same_tensors(one: Path, other: Path) -> bool:
     return a.keys() == b.keys() and all(bool((a[name] == b[name]).all()) for name in a)
 
 
-@pytest.mark.slow
 def test_training_is_the_same(tmp_path: Path) -> None:
     """A run with converted student and teacher, whose engine gets its weights from the first sync, repeats the run
     with the Hugging Face directories number by number."""

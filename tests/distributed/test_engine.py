@@ -56,7 +56,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n.startswith("untied") else n for n in CASES]
+    "name",
+    [pytest.param(n, marks=[] if n.startswith("tied student TP2") else [pytest.mark.slow]) for n in CASES],
 )
 def test_engine_equals_trainer(models: dict[str, str], tmp_path: Path, name: str) -> None:
     """Logprobs, entropies and zones agree in every round, and seeded generation repeats bit for bit.

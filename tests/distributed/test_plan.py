@@ -84,7 +84,9 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("ranks", LAYOUTS)
+@pytest.mark.parametrize(
+    "ranks", [pytest.param(ranks, marks=[pytest.mark.slow] if ranks > 1 else []) for ranks in LAYOUTS]
+)
 def test_llama(ranks: int, tmp_path: Path) -> None:
     student = str(save_tiny_llama(tmp_path / "student", **STUDENT))
     teacher = str(save_tiny_llama(tmp_path / "teacher", seed=1, **TEACHER))
@@ -109,7 +111,7 @@ EXACT = [
 @pytest.mark.parametrize(
     "family",
     [
-        pytest.param(name, marks=[pytest.mark.slow] if name in ("llama", "olmo3") else [])
+        pytest.param(name, marks=[pytest.mark.slow] if name in ("llama", "olmo3", "qwen3") else [])
         for name in ("llama_tied", *SAVE_TINY)
     ],
 )

@@ -36,7 +36,10 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("family", CHANGES)
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(name, marks=[] if name == "nemotron_nas" else [pytest.mark.slow]) for name in CHANGES],
+)
 def test_engine_trainer_and_reference_agree(family: str, tmp_path: Path) -> None:
     student = SAVE_TINY[family](tmp_path / "student", seed=1, **(SHAPE | CHANGES[family]))
     teacher = save_tiny_nemotron_nas(tmp_path / "teacher", seed=2)

@@ -172,7 +172,7 @@ def test_one_rank(one_rank: list[tuple[Case, Any]]) -> None:
     assert untied != tied
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_layouts(
     one_rank: list[tuple[Case, Any]], arguments: dict[str, Any], tmp_path: Path, ranks: int
 ) -> None:

@@ -119,6 +119,7 @@ def reference_pass_rate(directory: Path) -> tuple[float, int]:
     return passed / count, count
 
 
+@pytest.mark.slow
 def test_killed_and_continued(job: tuple[Path, Path], tmp_path: Path) -> None:
     """Killed after the second batch is written, then with half of a line more, as a kill in a write leaves it."""
     config, whole = job

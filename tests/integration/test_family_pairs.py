@@ -32,10 +32,8 @@ PAIRS: dict[str, tuple[str, dict[str, Any], dict[str, Any], int]] = {
 TEACHER_PRECISION = {"qwen3": "modelopt_fp8"}
 
 
-@pytest.mark.parametrize(
-    "family",
-    [pytest.param(name, marks=[pytest.mark.slow] if name != "nemotron_nas" else []) for name in PAIRS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", PAIRS)
 def test_a_pair_trains(tmp_path: Path, family: str) -> None:
     """Two steps and an evaluation; engine and trainer agree on every sampled token of both steps."""
     name, changes, teacher_layout, student_tensor = PAIRS[family]

@@ -88,6 +88,7 @@ def test_two_ranks(baseline: tuple[Path, Path]) -> None:
     assert records[0]["alpha"] == pytest.approx(0.8)
 
 
+@pytest.mark.slow
 def test_four_ranks_in_three_layouts(tmp_path: Path) -> None:
     """Student TP2 PP2, teacher TP2 DP2, engines of TP2, a teacher entropy of the top k, and a sampled benchmark.
 

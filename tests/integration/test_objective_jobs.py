@@ -75,7 +75,13 @@ def write_quickstart_job(directory: Path, changes: dict[str, Any]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", RUNS)
+# The others go to make test-slow: their gradients and their updates in several layouts are tested elsewhere.
+_OF_MINUTES = ("grpo", "egrsd")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in _OF_MINUTES else []) for name in RUNS]
+)
 def test_a_run(tmp_path: Path, name: str) -> None:
     ended = run_job(write_quickstart_job(tmp_path, RUNS[name]), 2)
     assert ended.returncode == 0, ended.output[-4000:]
@@ -136,6 +142,7 @@ def _tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+@pytest.mark.slow
 def test_a_teacher_that_follows_the_student(tmp_path: Path) -> None:
     """Checkpoints of four steps hold averages of the student's weights; resumed after two, the rest is equal."""
     decay, follows = 0.9, {"path": str(PAIR / "student"), "ema": 0.9, "parallel": {"tensor": 1}}

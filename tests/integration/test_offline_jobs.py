@@ -126,6 +126,7 @@ def trained_tokens(run: Path, step: int) -> list[tuple[str, list[int]]]:
     return [(record["prompt_id"], record["tokens"]) for record in map(json.loads, lines)]
 
 
+@pytest.mark.slow
 def test_gkd_on_rollouts_and_fixed_responses(tmp_path: Path) -> None:
     """The coin's batches hold the solutions, the others do not; it falls the same after a kill."""
     changes = {
@@ -158,6 +159,7 @@ def test_gkd_on_rollouts_and_fixed_responses(tmp_path: Path) -> None:
         assert math.isfinite(record["loss"]) and record["grad_norm"] > 0
 
 
+@pytest.mark.slow
 def test_fixed_responses_alone_in_two_layouts(tmp_path: Path) -> None:
     """No engine is started, and neither loss nor gradient depends on the layout."""
     changes = {"steps": 2, "objective": {"name": "gkd", "student_share": 0}, "checkpoint": {"every": 2}}

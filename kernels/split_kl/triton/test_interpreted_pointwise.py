@@ -43,6 +43,7 @@ GRADIENT_TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (2.1e-3, 3.9e
 class TestOutside:
     __test__ = not INTERPRETED
 
+    @pytest.mark.slow
     @pytest.mark.skipif(
         importlib.util.find_spec("triton") is None, reason="Triton is not installed (pip install triton)"
     )
