@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -92,7 +93,7 @@ def number(record: dict[str, Any], key: str) -> float | None:
 
 
 def load_runs(run_dirs: Sequence[Path]) -> list[Run]:
-    """The runs, each under the name of its directory, or under its path where names are equal.
+    """The runs, each under the name of its directory, or under the part of the path that tells them apart.
 
     Raises UserError for a directory without a run and for files that no kill explains.
     """
@@ -101,11 +102,27 @@ def load_runs(run_dirs: Sequence[Path]) -> list[Run]:
         str(path) for path, full in zip(run_dirs, resolved, strict=True) if resolved.count(full) > 1
     ]:
         raise UserError("RUN_DIR", twice[0], "is given twice", "give each run once")
-    names = [path.name for path in resolved]
-    return [
-        _load(path, str(path) if names.count(name) > 1 else name)
-        for path, name in zip(run_dirs, names, strict=True)
-    ]
+    return [_load(path, name) for path, name in zip(run_dirs, distinct_names(resolved), strict=True)]
+
+
+def distinct_names(paths: Sequence[Path]) -> list[str]:
+    """The last component of each of some different paths, or what is left without the components that all share.
+
+    `runs/sead/seed_1` and `runs/opd/seed_1` are `sead` and `opd`.
+    """
+    names = [path.name for path in paths]
+    if len(set(names)) == len(names):
+        return names
+    parts = [path.parts for path in paths]
+    leading = _shared(parts)
+    trailing = _shared([part[leading:][::-1] for part in parts])
+    names = ["/".join(part[leading : len(part) - trailing]) for part in parts]
+    return names if all(names) else [str(path) for path in paths]
+
+
+def _shared(parts: Sequence[Sequence[str]]) -> int:
+    """How many components all begin with."""
+    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*parts, strict=False)))
 
 
 def _load(path: Path, name: str) -> Run:

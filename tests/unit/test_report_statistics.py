@@ -12,7 +12,7 @@ import torch
 from sead_megatron.data.types import Rollout, TokenTable
 from sead_megatron.objectives.sead import Sead, SeadObjective
 from sead_megatron.report.categories import CATEGORIES, categories, category_of_text, category_table
-from sead_megatron.report.loading import load_runs
+from sead_megatron.report.loading import distinct_names, load_runs
 from sead_megatron.report.statistics import (
     Tokens,
     jaccard_of_top,
@@ -179,3 +179,16 @@ def test_category_table() -> None:
     assert math.isnan(rows["Other"].forward_kl) and rows["Other"].reverse_kl == 4.0
     assert rows["Strategy fork"].count == 0 and math.isnan(rows["Strategy fork"].zones["A"])
     assert sum(row.count for row in rows.values()) == 5
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["/runs/first", "/runs/second"], ["first", "second"]),
+        (["/runs/sead/seed_1", "/runs/opd/seed_1"], ["sead", "opd"]),
+        (["/runs/a/seed_1", "/runs/a/seed_2", "/runs/b/seed_1"], ["a/seed_1", "a/seed_2", "b/seed_1"]),
+        (["/runs/x", "/runs/x/x"], ["/runs/x", "/runs/x/x"]),
+    ],
+)
+def test_names_tell_runs_apart(paths: list[str], names: list[str]) -> None:
+    assert distinct_names([Path(path) for path in paths]) == names
