@@ -83,11 +83,11 @@ def entropies_at_forks(directory: Path, steps: int) -> dict[str, float]:
             expression = expression_of(rollout["prompt"][-1]["content"])
             if not rollout["finished"] or not is_valid_solution(expression, rollout["response"]):
                 continue
-            for place in fork_positions(
-                expression, rollout["response"]
-            ):  # characters are tokens before the box
-                found["student"].append(rollout["student_entropy"][place])
-                found["teacher"].append(rollout["teacher_entropy"][place])
+            places = fork_positions(expression, rollout["response"])  # characters are tokens before the box
+            for model in ("student", "teacher"):
+                entropies = rollout.get(f"{model}_entropy")
+                if entropies is not None:  # a run without a teacher has none of its
+                    found[model] += [entropies[place] for place in places]
     return {f"forks/{model}": fmean(values) for model, values in found.items()}
 
 

@@ -89,17 +89,15 @@ def effects_table(result: dict[str, Any]) -> list[str]:
 def methods_table(result: dict[str, Any]) -> list[str]:
     """SEAD and the other objectives."""
     lines = [
-        "| method | learning rate | accuracy, % | minus OPD | seconds a run |",
-        "|---|---|---|---|---|",
+        "| method | learning rate | accuracy, % | minus OPD |",
+        "|---|---|---|---|",
     ]
     for method in METHODS:
         name = cell_of(method, result)
         cell, rate = result["cells"][name], result["learning_rate"][method]
         minus = result["minus_opd"]["accuracy"].get(name)
         change = "" if minus is None else percent(minus, signed=True)
-        lines.append(
-            f"| {method} | {rate:g} | {percent(cell['accuracy'])} | {change} | {cell['seconds']['mean']:.0f} |"
-        )
+        lines.append(f"| {method} | {rate:g} | {percent(cell['accuracy'])} | {change} |")
     return lines
 
 
