@@ -84,6 +84,10 @@ ON_POLICY = "rollout.temperature=1.0"
         (["data.cache=somewhere"],
          'data.cache = "somewhere": objective sead samples its responses and reads no cache; remove it, or use '
          "objective lightning"),
+        (["objective={name: lightning}", ON_POLICY, "data.cache=somewhere", "teacher.ema=0.5"],
+         "teacher.ema = 0.5: a cache is scored by one teacher that stays as it is; remove it"),
+        (["objective={name: lightning}", ON_POLICY, "data.cache=somewhere", "teacher.domains={math: REFERENCE}"],
+         'teacher.domains = {"math": "REFERENCE"}: a cache is scored by one teacher that stays as it is; remove it'),
         (["objective={name: lightning}", ON_POLICY, "data.cache=somewhere", "metrics.topk_lists=4"],
          "metrics.topk_lists = 4: compares with the teacher, which objective lightning does not load; use 0"),
         (["objective={name: decoupled, lengths: [8, 8]}"],
