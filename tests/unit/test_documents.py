@@ -28,6 +28,14 @@ def test_table_of_a_benchmark(benchmark: str, results: str, document: str) -> No
     assert table in (ROOT / f"docs/{document}.md").read_text()
 
 
+def test_tables_of_the_ablation() -> None:
+    command = [sys.executable, "benchmarks/ablation/table.py", "benchmarks/results/ablation.json"]
+    tables = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    document = (ROOT / "docs/ablation.md").read_text()
+    for table in tables.split("\n\n"):
+        assert table in document
+
+
 def test_table_of_metrics() -> None:
     command = [sys.executable, "tools/document_metrics.py"]
     table = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
