@@ -5,8 +5,8 @@
     python benchmarks/smollm2_evaluation.py --table benchmarks/results/smollm2_evaluation.json
 
 DATA holds MATH-500.parquet and AMC23.parquet. The work is `examples/smollm2/evaluate.sh`, which goes on where it was
-stopped; the time is that of this command, and is given only for an evaluation that it did alone. `--table` prints them for
-readers.
+stopped; the time is that of this command, and is given only for an evaluation that it did alone. `--table` prints a
+Markdown table of them.
 """
 
 from __future__ import annotations
