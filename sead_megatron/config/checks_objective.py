@@ -1,6 +1,6 @@
 """Has the objective what it needs, and are its rollouts drawn from the distribution that its loss assumes?"""
 
-from sead_megatron.config.checks_teacher import check_domains, check_needed
+from sead_megatron.config.checks_teacher import check_domains, check_lists, check_needed
 from sead_megatron.config.schema import TrainConfig
 from sead_megatron.data.prompts import PromptRecord
 from sead_megatron.errors import UserError
@@ -40,6 +40,7 @@ def check_objective(config: TrainConfig) -> None:
     check_needed(config)
     _check_context(config)
     _check_cache(config)
+    check_lists(config)
     objective.check(config)
 
 
@@ -102,13 +103,6 @@ def _check_cache(config: TrainConfig) -> None:
             config.data.cache,
             f"objective {objective.name} samples its responses and reads no cache",
             "remove it, or use objective lightning",
-        )
-    if objective.reads_cache and config.metrics.topk_lists:
-        raise UserError(
-            "metrics.topk_lists",
-            config.metrics.topk_lists,
-            f"compares with the teacher, which objective {objective.name} does not load",
-            "use 0",
         )
 
 

@@ -28,13 +28,18 @@ def check_needed(config: TrainConfig) -> None:
             f"objective {objective.name} as it is set reads no teacher",
             "remove the section, or override it with teacher={}",
         )
-    elif config.metrics.topk_lists:
-        raise UserError(
-            "metrics.topk_lists",
-            config.metrics.topk_lists,
-            f"compares with a teacher, and objective {objective.name} as it is set reads none",
-            "use 0",
-        )
+
+
+def check_lists(config: TrainConfig) -> None:
+    """Is there a teacher to compare lists of likely tokens with? Raises UserError."""
+    objective = config.objective
+    if not config.metrics.topk_lists or config.teachers:
+        return
+    if objective.reads_cache:
+        why = f"compares with the teacher, which objective {objective.name} does not load"
+    else:
+        why = f"compares with a teacher, and objective {objective.name} as it is set reads none"
+    raise UserError("metrics.topk_lists", config.metrics.topk_lists, why, "use 0")
 
 
 def check_domains(config: TrainConfig, prompts: list[PromptRecord]) -> None:
