@@ -9,7 +9,6 @@ could learn the products, five steps of any method brought them out.) Every meth
 
 from __future__ import annotations
 
-import math
 import sys
 from pathlib import Path
 from random import Random
@@ -32,7 +31,7 @@ from task import (  # noqa: E402
     solve,
     solve_carelessly,
 )
-from train_pair import MAX_LENGTH, encode_prompt  # noqa: E402
+from train_pair import MAX_LENGTH, encode_prompt, fit, pad  # noqa: E402
 
 HINT = "{problem}\nhint: {solution}"
 """`teacher.context` of the methods that show a solution."""
@@ -85,13 +84,7 @@ def training_batch(tokenizer: PreTrainedTokenizerFast, rng: Random) -> tuple[tor
         for position in no_targets:  # before the box, characters and tokens are the same thing
             response_ids[position] = -100
         label_rows.append([-100] * len(prompt_ids) + response_ids)
-    length = max(map(len, rows))
-    input_ids = torch.full((SEQUENCES, length), tokenizer.pad_token_id)
-    labels = torch.full((SEQUENCES, length), -100)
-    for index, (row, label_row) in enumerate(zip(rows, label_rows, strict=True)):
-        input_ids[index, : len(row)] = torch.tensor(row)
-        labels[index, : len(row)] = torch.tensor(label_row)
-    return input_ids, labels
+    return pad(rows, label_rows, tokenizer.pad_token_id)
 
 
 def make_hinted_student(directory: Path) -> None:
@@ -100,18 +93,14 @@ def make_hinted_student(directory: Path) -> None:
     model = LlamaForCausalLM.from_pretrained(QUICKSTART / "student")
     rng = Random(SEED)
     torch.set_num_threads(1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.98), weight_decay=0.01)
-    for step in range(STEPS):
-        cosine = 0.5 * (1 + math.cos(math.pi * step / STEPS))
-        optimizer.param_groups[0]["lr"] = LR * min(1.0, (step + 1) / WARMUP_STEPS) * cosine
-        input_ids, labels = training_batch(tokenizer, rng)
-        loss = model(input_ids=input_ids, labels=labels).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        if (step + 1) % 50 == 0:
-            print(f"hinted student, step {step + 1}/{STEPS}, loss {loss.item():.4f}", flush=True)
+    fit(
+        model,
+        lambda: training_batch(tokenizer, rng),
+        steps=STEPS,
+        lr=LR,
+        warmup_steps=WARMUP_STEPS,
+        name="hinted student",
+    )
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 

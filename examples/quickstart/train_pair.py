@@ -15,6 +15,7 @@ import json
 import math
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
@@ -114,8 +115,7 @@ def training_batch(
     Labels are -100 outside the responses and at slips: what follows a slip is learnt, the slip is not.
     """
     rows, label_rows = [], []
-    sequences = recipe.sequences_per_step
-    for index in range(sequences):
+    for index in range(recipe.sequences_per_step):
         expression = sample_expression(rng, MIN_OPERANDS + index % (MAX_OPERANDS - MIN_OPERANDS + 1))
         prompt_ids = encode_prompt(tokenizer, prompt_text(expression))
         slips: list[int] = []
@@ -128,9 +128,13 @@ def training_batch(
         for position in slips:  # before the box, characters and tokens are the same thing
             response_ids[position] = -100
         label_rows.append([-100] * len(prompt_ids) + response_ids)
-    length = max(map(len, rows))
-    input_ids = torch.full((sequences, length), tokenizer.pad_token_id)
-    labels = torch.full((sequences, length), -100)
+    return pad(rows, label_rows, tokenizer.pad_token_id)
+
+
+def pad(rows: list[list[int]], label_rows: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and labels as int64 `[len(rows), length]`, padded on the right with `pad_id` and -100."""
+    shape = len(rows), max(map(len, rows))
+    input_ids, labels = torch.full(shape, pad_id), torch.full(shape, -100)
     for index, (row, label_row) in enumerate(zip(rows, label_rows, strict=True)):
         input_ids[index, : len(row)] = torch.tensor(row)
         labels[index, : len(row)] = torch.tensor(label_row)
@@ -138,22 +142,42 @@ def training_batch(
 
 
 def train(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, name: str) -> LlamaForCausalLM:
-    """Cross entropy on response tokens, AdamW, linear warm-up and cosine decay to zero."""
+    """A new model, fitted to the recipe's source."""
     model = build_model(recipe, tokenizer)
     rng = Random(recipe.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.01)
-    for step in range(recipe.steps):
-        cosine = 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
-        optimizer.param_groups[0]["lr"] = recipe.lr * min(1.0, (step + 1) / recipe.warmup_steps) * cosine
-        input_ids, labels = training_batch(tokenizer, rng, recipe)
+    fit(
+        model,
+        lambda: training_batch(tokenizer, rng, recipe),
+        steps=recipe.steps,
+        lr=recipe.lr,
+        warmup_steps=recipe.warmup_steps,
+        name=name,
+    )
+    return model.eval()
+
+
+def fit(
+    model: LlamaForCausalLM,
+    next_batch: Callable[[], tuple[torch.Tensor, torch.Tensor]],
+    *,
+    steps: int,
+    lr: float,
+    warmup_steps: int,
+    name: str,
+) -> None:
+    """Cross entropy on response tokens, AdamW, linear warm-up and cosine decay to zero."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    for step in range(steps):
+        cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+        optimizer.param_groups[0]["lr"] = lr * min(1.0, (step + 1) / warmup_steps) * cosine
+        input_ids, labels = next_batch()
         loss = model(input_ids=input_ids, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if (step + 1) % 100 == 0:
-            print(f"{name} step {step + 1}/{recipe.steps} loss {loss.item():.4f}", flush=True)
-    return model.eval()
+            print(f"{name} step {step + 1}/{steps} loss {loss.item():.4f}", flush=True)
 
 
 @torch.no_grad()
