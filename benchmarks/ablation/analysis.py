@@ -121,19 +121,17 @@ def summarise(directories: dict[tuple[str, int], Path]) -> dict[str, object]:
     """The tables, from the directories of the finished runs by cell and seed."""
     runs = {key: numbers(directory) for key, directory in directories.items()}
 
-    def cells(number: str) -> Cells:
-        found: Cells = defaultdict(dict)
-        for (name, seed), values in runs.items():
-            if number in values:
-                found[name][seed] = values[number]
-        return found
-
-    names = sorted({key for values in runs.values() for key in values})
-    accuracy, middle = cells("accuracy"), cells("accuracy/while_training")
+    table: dict[str, Cells] = defaultdict(lambda: defaultdict(dict))
+    for (name, seed), values in runs.items():
+        for number, value in values.items():
+            table[number][name][seed] = value
+    accuracy, middle = table["accuracy"], table["accuracy/while_training"]
     return {
         "seeds": sorted({seed for _, seed in runs}),
         "cells": {
-            name: {key: estimate(list(cells(key)[name].values())) for key in names if name in cells(key)}
+            name: {
+                key: estimate(list(table[key][name].values())) for key in sorted(table) if name in table[key]
+            }
             for name in accuracy
         },
         "effects": {"accuracy": effects(accuracy), "accuracy/while_training": effects(middle)},
