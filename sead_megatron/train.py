@@ -199,7 +199,7 @@ class Trainer:
         job = self.job
         differences = {}
         if rollouts[0].weight_version == self.step - 1:  # not of older ones, as cached responses become
-            differences = step_metrics.engine_trainer_differences(engine_table, update.columns, update.active)
+            differences = step_metrics.engine_trainer_differences(engine_table, table, update)
         alarm = self.config.metrics.logprob_diff_alarm
         if self._is_head and differences.get("rollout/logprob_diff_mean", 0.0) > alarm:
             log.warning(

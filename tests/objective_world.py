@@ -55,12 +55,19 @@ class World:
             "sampling_logprob": self.sampled((self.student / SAMPLING_TEMPERATURE).log_softmax(-1)),
             "reference_logprob": self.sampled(self.reference.log_softmax(-1)),
             **self.list_columns(),
+            "argmax_student_logprob": q.gather(-1, self.teacher_argmax[:, None])[:, 0],
+            "argmax_teacher_logprob": p.max(-1).values,
         }
         return TokenTable(
             offsets=self.offsets,
             rollouts=self.facts,
             **{name: column.float() for name, column in columns.items()},  # type: ignore[arg-type]
         )
+
+    @property
+    def teacher_argmax(self) -> Tensor:
+        """The teacher's likeliest token, int64 [N]."""
+        return self.teacher.argmax(-1)
 
     def list_columns(self, k: int = 5) -> dict[str, Tensor]:
         """What compares the k likeliest tokens of both models, token by token in plain loops, float64 [N]."""
@@ -133,7 +140,16 @@ def loss_gradient(world: World, coefficients: Coefficients, *, has_teacher: bool
     context = LossContext(shard, None, 1.0, TileOptions(backend="torch", tokens=8, vocab=4))
     weights = (coefficients.weights.double() / coefficients.normalizer).float()
     teacher = (world.teacher, identity) if has_teacher else None
-    result = token_loss(logits, identity, teacher, world.labels, weights, coefficients.divergence, context)
+    result = token_loss(
+        logits,
+        identity,
+        teacher,
+        world.labels,
+        weights,
+        coefficients.divergence,
+        context,
+        teacher_argmax=coefficients.teacher_argmax,
+    )
     (gradient,) = torch.autograd.grad(result.loss, logits)
     return gradient
 

@@ -170,8 +170,9 @@ class TokenTable:
     a frozen third model. ``topk_*`` compare the models' k likeliest tokens: share of common ones, the student's mass on
     the teacher's, the teacher's on the student's, and by how much the teacher tells the student's apart (nats);
     ``gap_head`` and ``gap_tail`` are ``sum_v |p_v - q_v|`` over the tokens that hold half of the teacher's probability
-    and over the others. ``rollouts`` tells what is known of whole rollouts. KL directions: ``forward_kl`` =
-    KL(teacher || student), ``reverse_kl`` = KL(student || teacher).
+    and over the others. ``argmax_*`` are both models' logprobs of the teacher's likeliest token. ``rollouts`` tells
+    what is known of whole rollouts. KL directions: ``forward_kl`` = KL(teacher || student), ``reverse_kl`` =
+    KL(student || teacher).
 
     Raises ValueError for a wrong dtype, shape or device, or for a column that requires grad.
     """
@@ -193,6 +194,8 @@ class TokenTable:
     topk_margin: Tensor | None = None
     gap_head: Tensor | None = None
     gap_tail: Tensor | None = None
+    argmax_student_logprob: Tensor | None = None
+    argmax_teacher_logprob: Tensor | None = None
     rollouts: RolloutFacts | None = None
 
     def __post_init__(self) -> None:
@@ -327,6 +330,7 @@ class Coefficients:
         weights: float32 [N, 4], columns in the order of ``Term``. An all-zero row is dropped from the update.
         normalizer: > 0, over the global batch, so that the loss does not depend on how the batch is split.
         divergence: what the first two columns weigh in place of the KL divergences over the whole vocabulary, or None.
+        teacher_argmax: whether y is the teacher's likeliest token in place of the sampled one.
         zones: int8 [N] of ``Zone`` values, or None for an objective without zones.
         metrics: what the objective wants logged for this step.
 
@@ -337,6 +341,7 @@ class Coefficients:
     weights: Tensor
     normalizer: float
     divergence: Divergence | None = None
+    teacher_argmax: bool = False
     zones: Tensor | None = None
     metrics: dict[str, float] = field(default_factory=dict)
 

@@ -140,6 +140,11 @@ class Objective(ABC, Generic[Settings]):
         """The k of the columns ``topk_*`` and ``gap_*``, which come with the statistics of every token; 0 for none."""
         return 0
 
+    @property
+    def teacher_argmax(self) -> bool:
+        """Whether ``coefficients`` reads the columns ``argmax_*``, which come with the statistics of every token."""
+        return False
+
     def needs_token_stats(self, step: int) -> bool:
         """Whether this step's coefficients need the trainer's statistics (entropies, KLs) of *every* token.
 
@@ -175,6 +180,7 @@ def coefficients_of(
     normalizer: float,
     *,
     divergence: Divergence | None = None,
+    teacher_argmax: bool = False,
     zones: Tensor | None = None,
     metrics: Mapping[str, float] | None = None,
 ) -> Coefficients:
@@ -192,6 +198,7 @@ def coefficients_of(
         weights=weights,
         normalizer=normalizer if normalizer > 0 else 1.0,
         divergence=divergence,
+        teacher_argmax=teacher_argmax,
         zones=zones,
         metrics=token_metrics(table, active) | dict(metrics or {}),
     )

@@ -32,22 +32,22 @@ def rollout_metrics(rollouts: Sequence[Rollout], passed: Sequence[bool | None]) 
     return metrics
 
 
-def engine_trainer_differences(
-    engine: TokenTable, trainer: dict[str, Tensor], measured: Tensor
-) -> dict[str, float]:
-    """How far the engine's logprobs and entropies are from the trainer's on the tokens that the trainer evaluated.
+def engine_trainer_differences(engine: TokenTable, table: TokenTable, update: Update) -> dict[str, float]:
+    """How far the engine's logprobs and entropies are from the trainer's on the active tokens.
 
-    `engine` holds what the sampler gave, `trainer` columns float32 [N], `measured` bool [N].
+    `engine` holds what the sampler gave. The trainer's are those of the update, or of the pass before it (`table`)
+    where the loss looked at other tokens than the sampled ones.
     """
     metrics: dict[str, float] = {}
-    if not bool(measured.any()):
+    if not bool(update.active.any()):
         return metrics
-    pairs = {
-        "rollout/logprob_diff": (engine.require("rollout_logprob"), trainer["student_logprob"]),
-        "entropy/engine_trainer_diff": (engine.require("student_entropy"), trainer["student_entropy"]),
+    columns = {
+        "rollout/logprob_diff": ("rollout_logprob", "student_logprob"),
+        "entropy/engine_trainer_diff": ("student_entropy", "student_entropy"),
     }
-    for name, (ours, theirs) in pairs.items():
-        difference = (ours - theirs)[measured].abs()
+    for name, (ours, theirs) in columns.items():
+        trainer = update.columns[theirs] if theirs in update.columns else table.require(theirs)
+        difference = (engine.require(ours) - trainer)[update.active].abs()
         metrics[f"{name}_mean"] = float(difference.mean())
         metrics[f"{name}_max"] = float(difference.max())
     return metrics

@@ -30,7 +30,12 @@ from sead_megatron.training.token_loss import (
     one_model_statistics,
     token_loss,
 )
-from sead_megatron.training.topk_columns import TOPK_COLUMNS, topk_columns
+from sead_megatron.training.topk_columns import (
+    ARGMAX_COLUMNS,
+    TOPK_COLUMNS,
+    argmax_columns,
+    topk_columns,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,26 +89,26 @@ class Student:
         """True on ranks of the last stage: they hold both output layers and compute the loss."""
         return self.model.groups.is_last_stage
 
-    def token_stats(self, plan: StepPlan, scores: Scores | None, topk: int = 0) -> dict[str, Tensor]:
+    def token_stats(
+        self, plan: StepPlan, scores: Scores | None, topk: int = 0, *, teacher_argmax: bool = False
+    ) -> dict[str, Tensor]:
         """Every statistic of every response token by a forward-only pass; float32 [N], equal on all ranks.
 
         Without a teacher only those of the student. `topk`: compare lists of that many likeliest tokens as well; 0 for
-        none.
+        none. `teacher_argmax`: measure both models on the teacher's likeliest token as well.
         """
-        own = MEASURED if self._has_teacher else OF_STUDENT
-        names = (*own, *TOPK_COLUMNS) if topk else own
+        names: tuple[str, ...] = MEASURED if self._has_teacher else OF_STUDENT
+        names += TOPK_COLUMNS if topk else ()
+        names += ARGMAX_COLUMNS if teacher_argmax else ()
 
         def measure(hidden: Tensor, row: PackedRow) -> tuple[Tensor, dict[str, Tensor]]:
             labels = row.labels.to(self.device)
             teacher = self._teacher_of(scores, row)
             if teacher is None:
                 return row.token_index, self._own_statistics(hidden, labels)
-            teacher_hidden, teacher_output = teacher
+            pair = (hidden, self.model.module.output_weight().detach(), *teacher)
             state = linear_stats(
-                hidden,
-                self.model.module.output_weight().detach(),
-                teacher_hidden,
-                teacher_output,
+                *pair,
                 labels,
                 shard=self.shard,
                 temperature=self.temperature,
@@ -111,8 +116,9 @@ class Student:
             )
             stats = finalize(merge_tp(state, self.model.groups.collection.tp))
             columns = {name: getattr(stats, name) for name in MEASURED}
+            if teacher_argmax:
+                columns |= argmax_columns(*pair, self._context)
             if topk:
-                pair = (hidden, self.model.module.output_weight().detach(), teacher_hidden, teacher_output)
                 columns |= topk_columns(*pair, stats, topk, self._context)
             return row.token_index, columns
 
@@ -154,6 +160,7 @@ class Student:
                     weights[row.token_index.to(self.device)],
                     coefficients.divergence,
                     self._context,
+                    teacher_argmax=coefficients.teacher_argmax,
                 )
                 active = row.token_index[result.active.cpu()]
                 # The second item is Megatron's token count; the loss is already normalised.
@@ -167,7 +174,11 @@ class Student:
         self.optimizer.zero_grad()
         outputs = run_rows(self.ddp, groups, self._rows(plan), forward_step, train=True)
         loss = self._global_loss([value for value, _ in outputs])
-        names = measured_by(coefficients.divergence, has_teacher=self._has_teacher)
+        names = measured_by(
+            coefficients.divergence,
+            has_teacher=self._has_teacher,
+            teacher_argmax=coefficients.teacher_argmax,
+        )
         columns = self._share(plan, [measured for _, measured in outputs], names)
         result = self.optimizer.step(loss_is_finite=bool(torch.isfinite(loss)))
         active = (coefficients.weights != 0).any(-1)

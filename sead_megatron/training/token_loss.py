@@ -40,9 +40,13 @@ MEASURED = (
 OF_STUDENT = ("student_entropy", "student_logprob")
 
 
-def measured_by(divergence: Divergence | None, *, has_teacher: bool) -> tuple[str, ...]:
-    """The columns that the loss itself measures on active tokens: a top-k loss makes no pass over the teacher."""
-    return OF_STUDENT if isinstance(divergence, TopK) or not has_teacher else MEASURED
+def measured_by(
+    divergence: Divergence | None, *, has_teacher: bool, teacher_argmax: bool = False
+) -> tuple[str, ...]:
+    """The columns that the loss itself measures on active tokens: a top-k loss makes no pass over the teacher, and one
+    on the teacher's likeliest tokens sees no sampled one."""
+    columns = OF_STUDENT if isinstance(divergence, TopK) or not has_teacher else MEASURED
+    return tuple(name for name in columns if not (teacher_argmax and name.endswith("_logprob")))
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,8 @@ def token_loss(
     weights: Tensor,
     divergence: Divergence | None,
     context: LossContext,
+    *,
+    teacher_argmax: bool = False,
 ) -> TokenLoss:
     """``sum_t weights_t . (forward, reverse, H_student, log q(y))``, forward and reverse as `divergence` says.
 
@@ -80,6 +86,7 @@ def token_loss(
         weight: output layer of this rank's vocabulary shard.
         teacher: its hidden states [R, H_t] and output layer; None without one, and then no divergence has a weight.
         divergence: None for the KL divergences over the whole vocabulary.
+        teacher_argmax: y is the teacher's likeliest token, whatever `labels` says.
     """
     shared = {
         "shard": context.shard,
@@ -88,6 +95,8 @@ def token_loss(
         "options": context.options,
         "weight_tied": context.tied,
     }
+    if teacher_argmax and teacher is not None:
+        labels = _teacher_argmax(*teacher, labels, weights, context)
     if teacher is None:
         result = topk_loss(hidden, weight, _no_target(hidden), labels, weights, rule="tail", **shared)
     elif isinstance(divergence, TopK):
@@ -100,7 +109,8 @@ def token_loss(
     else:
         result = split_kl_loss(hidden, weight, *teacher, labels, weights, **shared)
     columns = {
-        name: getattr(result.stats, name) for name in measured_by(divergence, has_teacher=teacher is not None)
+        name: getattr(result.stats, name)
+        for name in measured_by(divergence, has_teacher=teacher is not None, teacher_argmax=teacher_argmax)
     }
     return TokenLoss(result.loss, columns, result.active)
 
@@ -110,6 +120,18 @@ def _no_target(hidden: Tensor) -> TopKTarget:
     ids = torch.full((len(hidden), 1), NO_ID, dtype=torch.int64, device=hidden.device)
     nothing = hidden.new_zeros(len(hidden), 1, dtype=torch.float32)
     return TopKTarget(ids, nothing, nothing[:, 0] + 1)
+
+
+@torch.no_grad()
+def _teacher_argmax(
+    teacher_hidden: Tensor, teacher_weight: Tensor, labels: Tensor, weights: Tensor, context: LossContext
+) -> Tensor:
+    """`labels` with the teacher's likeliest token on every active row, int64 [R]."""
+    active = (weights != 0).any(-1).nonzero()[:, 0]
+    ids = one_model_statistics(teacher_hidden[active], teacher_weight, 1, None, context).topk_ids
+    if ids is None:
+        raise RuntimeError("a statistic that was asked for is missing")
+    return labels.index_copy(0, active, ids[:, 0])
 
 
 @torch.no_grad()

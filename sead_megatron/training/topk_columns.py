@@ -26,6 +26,9 @@ TOPK_COLUMNS = (
 )
 """Columns of the TokenTable."""
 
+ARGMAX_COLUMNS = ("argmax_student_logprob", "argmax_teacher_logprob")
+"""Columns of the TokenTable."""
+
 # Of the teacher's probability: AKL's head is the smallest set of tokens that holds it.
 _HEAD_MASS = 0.5
 
@@ -71,6 +74,20 @@ def topk_columns(
         "gap_tail": (gap - gap_head).clamp_min(0),
     }
     return {name: columns[name].float() for name in TOPK_COLUMNS}
+
+
+@torch.no_grad()
+def argmax_columns(
+    hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, context: LossContext
+) -> dict[str, Tensor]:
+    """`ARGMAX_COLUMNS` of every row, float32 [R], equal on all tensor-parallel ranks; a pass over each output layer.
+
+    The arguments are those of `topk_columns`.
+    """
+    teacher = one_model_statistics(teacher_hidden, teacher_weight, 1, None, context)
+    student = one_model_statistics(hidden, weight, 0, _present(teacher.topk_ids), context)
+    values = (_present(student.support_logprobs), _present(teacher.topk_logprobs))
+    return {name: value[:, 0].float() for name, value in zip(ARGMAX_COLUMNS, values, strict=True)}
 
 
 def _gap(

@@ -44,6 +44,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "metrics": {"full_stats_every": 1},
         "rollout": {"temperature": 1.0, "samples_per_prompt": SAMPLES},
     },
+    "drkl": {"objective": {"name": "drkl"}, "rollout": {"temperature": 1.0}},
     "mopd": {
         "objective": {"name": "mopd"},
         # At first the student is its own teacher of sums.
@@ -76,7 +77,7 @@ def write_quickstart_job(directory: Path, changes: dict[str, Any]) -> Path:
 
 
 # The others go to make test-slow: their gradients and their updates in several layouts are tested elsewhere.
-_OF_MINUTES = ("grpo", "egrsd")
+_OF_MINUTES = ("grpo", "egrsd", "drkl")
 
 
 @pytest.mark.parametrize(
@@ -103,6 +104,8 @@ def test_a_run(tmp_path: Path, name: str) -> None:
         assert state["teacher"]["path"] is None
         assert not [key for record in records for key in record if key.startswith(("kl/", "entropy/teacher"))]
         assert all(record["entropy/student"] > 0 for record in records)
+    elif name == "drkl":
+        assert all(record["kl/reverse"] > 0 for record in records)
     elif name == "mopd":
         _check_domains(tmp_path / "run", records)
     else:

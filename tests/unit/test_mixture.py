@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,7 @@ def test_nothing_is_sampled_without_a_share_of_the_students(path: Path) -> None:
 def test_coefficients_need_nothing_of_the_engine(name: str) -> None:
     """The same with and without what only a sampler knows."""
     assert MIXED == ["akl", "decoupled", "drkl", "gkd"]
+    settings = {"target": "sampled"} if name == "drkl" else {}
     whole = make_world().table()
     columns: dict[str, Any] = {
         column: None if column in ("rollout_logprob", "sampling_logprob") else getattr(whole, column)
@@ -110,5 +112,21 @@ def test_coefficients_need_nothing_of_the_engine(name: str) -> None:
     if not make_objective(name).needs_token_stats(0):
         columns["student_entropy"] = None
     fixed = TokenTable(offsets=whole.offsets, rollouts=whole.rollouts, **columns)
-    ours, theirs = (make_objective(name).coefficients(table, 0) for table in (fixed, whole))
+    ours, theirs = (make_objective(name, **settings).coefficients(table, 0) for table in (fixed, whole))
     assert ours.weights.equal(theirs.weights) and ours.normalizer == theirs.normalizer
+
+
+def test_the_target_of_drkl_is_the_next_token_of_a_fixed_response() -> None:
+    """And the teacher's likeliest token in a rollout."""
+    rollouts = make_world().table()
+    fixed = replace(rollouts, rollout_logprob=None)
+    given, sampled = (make_objective("drkl", target=target) for target in ("teacher", "sampled"))
+    expected = sampled.coefficients(fixed, 0)
+    assert given.coefficients(fixed, 0).weights.equal(expected.weights)
+    assert not given.coefficients(fixed, 0).teacher_argmax
+    assert (
+        given.coefficients(rollouts, 0).teacher_argmax
+        and not sampled.coefficients(rollouts, 0).teacher_argmax
+    )
+    assert not given.coefficients(rollouts, 0).weights.equal(expected.weights)
+    assert not make_objective("drkl", student_share=0).teacher_argmax

@@ -234,12 +234,19 @@ def paced(divergence: Callable[[Tensor, Tensor], Tensor]) -> Callable[[World], L
 
 
 def drkl(world: World) -> Loss:
-    """Binary KL on the sampled token plus gamma times the KL of the other tokens among themselves."""
+    """Binary KL on the teacher's likeliest token plus gamma times the KL of the other tokens among themselves."""
+    return drkl_on([max(range(len(row)), key=row.__getitem__) for row in world.teacher.tolist()], world)
 
+
+def drkl_sampled(world: World) -> Loss:
+    return drkl_on(world.labels.tolist(), world)
+
+
+def drkl_on(targets: list[int], world: World) -> Loss:
     def loss(z: Tensor) -> Tensor:
         q, p = z.softmax(-1), world.teacher.softmax(-1)
         total = torch.zeros((), dtype=torch.float64)
-        for t, y in enumerate(world.labels.tolist()):
+        for t, y in enumerate(targets):
             others = [v for v in range(z.shape[1]) if v != y]
             s, r = q[t, y], p[t, y]
             binary = s * (s / r).log() + (1 - s) * ((1 - s) / (1 - r)).log()
@@ -377,6 +384,7 @@ CASES: dict[str, tuple[str, dict[str, Any], int, Callable[[World], Loss]]] = {
     "paced, first": ("paced", {}, 1, paced(forward_kl)),
     "paced, then": ("paced", {}, 2, paced(reverse_kl)),
     "drkl": ("drkl", {}, 0, drkl),
+    "drkl, sampled": ("drkl", {"target": "sampled"}, 0, drkl_sampled),
     "decoupled": ("decoupled", {"mu": 0.3}, 0, decoupled),
     "akl": ("akl", {"topk": 3}, 0, akl),
     "gkd": ("gkd", {"share": 0.3}, 0, gkd(0.3)),

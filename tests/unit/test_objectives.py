@@ -50,6 +50,8 @@ def test_it_reads_no_column_that_it_does_not_ask_for(name: str) -> None:
         given |= {"forward_kl", "reverse_kl", "student_logprob", "teacher_logprob", "teacher_entropy"}
     if objective.topk_lists:
         given |= {"gap_head", "gap_tail", "topk_margin"}
+    if objective.teacher_argmax:
+        given |= {"argmax_student_logprob", "argmax_teacher_logprob"}
     if objective.needs_teacher_entropy:
         given.add("teacher_entropy")
     if objective.needs_teacher_logprob:
@@ -214,7 +216,7 @@ def test_scope_weights_have_mean_one() -> None:
 def test_drkl_stays_finite_where_the_student_is_certain() -> None:
     world = make_world()
     certain = world.student.clone()
-    certain[torch.arange(world.num_tokens), world.labels] += 40.0
+    certain[torch.arange(world.num_tokens), world.teacher_argmax] += 40.0
     coefficients = make_objective("drkl").coefficients(replace(world, student=certain).table(), 0)
     assert bool(coefficients.weights.isfinite().all())
     assert float(coefficients.weights[:, Term.REVERSE_KL].max()) <= 0.5 / 1e-3 + 1

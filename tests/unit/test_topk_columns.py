@@ -9,7 +9,12 @@ import torch
 from sead_kernels.split_kl import TileOptions, VocabShard, finalize, linear_stats
 
 from sead_megatron.training.token_loss import LossContext
-from sead_megatron.training.topk_columns import TOPK_COLUMNS, topk_columns
+from sead_megatron.training.topk_columns import (
+    ARGMAX_COLUMNS,
+    TOPK_COLUMNS,
+    argmax_columns,
+    topk_columns,
+)
 from tests.objective_world import VOCABULARY, make_world
 
 
@@ -39,6 +44,10 @@ def test_columns(dtype: torch.dtype, tolerance: float, temperature: float) -> No
     assert set(columns) == set(TOPK_COLUMNS)
     for name in TOPK_COLUMNS:
         torch.testing.assert_close(columns[name].double(), expected[name], rtol=tolerance, atol=tolerance)
+    columns, table = argmax_columns(*pair, context), scaled.table()
+    assert set(columns) == set(ARGMAX_COLUMNS)
+    for name in ARGMAX_COLUMNS:
+        torch.testing.assert_close(columns[name], table.require(name), rtol=1e-5, atol=1e-5)
 
 
 def test_a_flat_teacher_has_the_whole_list_as_its_head() -> None:

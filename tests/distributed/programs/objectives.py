@@ -91,7 +91,9 @@ def run_layout(layout: dict[str, Any], names: list[str], second: str | None) -> 
         table = with_teacher_columns(models, objective, plan, scores, table)
         table = with_reference_column(models, plan, table)
         if objective.needs_token_stats(0) or second is None:
-            columns = models.student.token_stats(plan, scores, objective.topk_lists)
+            columns = models.student.token_stats(
+                plan, scores, objective.topk_lists, teacher_argmax=objective.teacher_argmax
+            )
             table = table.with_columns(**columns)
         coefficients = objective.coefficients(table, 0)
         update = models.student.train_step(plan, scores, coefficients)
