@@ -29,6 +29,7 @@ from sead_megatron.records import read_records
 from sead_megatron.requirements import (
     MEGATRON,
     MODELOPT,
+    TENSORBOARD,
     TRANSFORMER_ENGINE,
     VLLM,
     VLLM_ON_CPU,
@@ -85,6 +86,8 @@ def _check_machine(config: TrainConfig, local_world_size: int) -> None:
         requirements.append(MODELOPT)
     if config.metrics.wandb != "off":
         requirements.append(WANDB)
+    if config.metrics.tensorboard:
+        requirements.append(TENSORBOARD)
     for requirement in requirements:
         check_installed(requirement)
     for requirement in engine:

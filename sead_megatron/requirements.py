@@ -49,6 +49,12 @@ MODELOPT = Requirement(
     "pip install nvidia-modelopt==0.47.0, or use another precision.teacher",
 )
 WANDB = Requirement(("wandb",), "wandb", ">=0.22", "pip install 'wandb>=0.22', or set metrics.wandb to off")
+TENSORBOARD = Requirement(
+    ("tensorboard",),
+    "tensorboard",
+    ">=2.18",
+    "pip install 'tensorboard>=2.18', or set metrics.tensorboard to false",
+)
 
 
 def check_installed(requirement: Requirement) -> None:

@@ -25,6 +25,7 @@ from sead_megatron.progress import Progress
 from sead_megatron.rollout.collect import as_rollout, generate_everywhere, request_seed
 from sead_megatron.run_directory import RunDirectory
 from sead_megatron.summary import summary_table
+from sead_megatron.tensorboard_logger import TensorboardLogger
 from sead_megatron.training import step_metrics
 from sead_megatron.training.checkpoint import commit_checkpoint, load_checkpoint, write_checkpoint
 from sead_megatron.training.checkpoint_files import checkpoint_path, checkpoint_steps, read_state
@@ -53,13 +54,14 @@ class Trainer:
         self.skipped_steps = 0
         self.skipped_in_a_row = 0
         self._is_head = job.rank == 0
-        self._wandb: WandbLogger | None = None
+        self._loggers: list[WandbLogger | TensorboardLogger] = []
 
     def train(self) -> None:
         """Runs from the newest checkpoint, or from the start, to the last step."""
         self.resume()
         if self._is_head:
-            self._wandb = WandbLogger(self.config, self.run.path)
+            self._loggers.append(WandbLogger(self.config, self.run.path))
+            self._loggers.append(TensorboardLogger(self.config, self.run.path, self.step))
         self.job.sync_weights(self.step)
         if self.step == 0:
             self.evaluate()
@@ -70,8 +72,8 @@ class Trainer:
         while self.step < self.config.steps:
             with nullcontext() if profile is None else profile.step(self.step + 1):
                 self.train_step()
-        if self._wandb is not None:
-            self._wandb.finish()
+        for logger in self._loggers:
+            logger.finish()
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Times a phase of the step; a profiled one is a range as well."""
@@ -167,7 +169,9 @@ class Trainer:
         if not self.measures_everything():
             return table
         topk = max(self.job.objective.topk_lists, self.config.metrics.topk_lists)
-        columns = self.job.models.student.token_stats(plan, scores, topk)
+        columns = self.job.models.student.token_stats(
+            plan, scores, topk, teacher_argmax=self.job.objective.teacher_argmax
+        )
         stay = ["teacher_entropy", "teacher_logprob"]
         if not self.job.objective.uses_trainer_entropy:
             stay.append("student_entropy")
@@ -297,8 +301,8 @@ class Trainer:
                 )
                 self.run.write_rollouts(self.step, samples)
             self.run.append_metrics(record)
-            if self._wandb is not None:
-                self._wandb.log(record)
+            for logger in self._loggers:
+                logger.log(record)
             if checkpoint_due:
                 commit_checkpoint(self.run.checkpoints_path, self.step, config.checkpoint.keep)
         self.progress.finish_step(record)

