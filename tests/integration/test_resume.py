@@ -146,11 +146,16 @@ def test_resuming_needs_the_whole_state(baseline: tuple[Path, Path], tmp_path: P
 
 @pytest.mark.slow
 def test_a_finished_run_stays_as_it_is(baseline: tuple[Path, Path], tmp_path: Path) -> None:
-    """The same command once more adds no step and succeeds."""
+    """The same command once more adds no step, writes no checkpoint and succeeds."""
     config, wanted = baseline
     run = tmp_path / "run"
     shutil.copytree(wanted, run)
+    names = ("metrics.jsonl", "evaluations.jsonl")
+    before = [(run / name).read_bytes() for name in names]
+    written = {path: path.stat().st_mtime_ns for path in (run / "checkpoints").rglob("*")}
     _finish(config, run, wanted)
+    assert [(run / name).read_bytes() for name in names] == before
+    assert {path: path.stat().st_mtime_ns for path in (run / "checkpoints").rglob("*")} == written
 
 
 def test_an_exception_on_one_rank_ends_the_job(baseline: tuple[Path, Path], tmp_path: Path) -> None:

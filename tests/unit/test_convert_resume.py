@@ -96,10 +96,12 @@ def test_a_kill_before_the_end_leaves_no_marker(families: dict[str, Path], tmp_p
 
 
 def test_a_whole_file_that_was_cut_is_written_again(families: dict[str, Path], tmp_path: Path) -> None:
-    out = tmp_path / "out"
+    out, reference = tmp_path / "out", tmp_path / "reference"
+    run(families["llama"], reference)
     _killed(families["llama"], out, "convert", "DistributedWriter.finish", 1)
     cut("__2_0.distcp", 1)(tmp_path / "out.partial")
     run(families["llama"], out)
+    assert (out / "__2_0.distcp").read_bytes() == (reference / "__2_0.distcp").read_bytes()
 
 
 def test_two_at_once(families: dict[str, Path], tmp_path: Path) -> None:
