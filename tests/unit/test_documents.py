@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
         ("fp8_teacher", "fp8_teacher", "precision"),
         ("grader_rates", "grader_rates", "grading"),
         ("profile_trace", "profile_quickstart", "profiling"),
+        ("smollm2_evaluation", "smollm2_evaluation", "evaluation"),
     ],
 )
 def test_table_of_a_benchmark(benchmark: str, results: str, document: str) -> None:
