@@ -11,7 +11,7 @@ Overrides = dict[str, object]
 STUDENT = "runs/ablation/student"
 DIFFICULTY = "runs/ablation/difficulty.jsonl"
 LEARNING_RATES = (5e-4, 1e-3)
-SMALLEST_LEARNING_RATE = 1.25e-4
+SMALLEST_LEARNING_RATE, LARGEST_LEARNING_RATE = 1.25e-4, 4e-3
 
 COMPONENTS = ("zones", "annealing", "curriculum")
 """The factors of the paper's Table 2, in the order of a cell's name: `sead_101` has zones and the curriculum."""

@@ -25,9 +25,17 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from analysis import summarise  # noqa: E402
-from cells import LEARNING_RATES, METHODS, SMALLEST_LEARNING_RATE, Overrides, factorial  # noqa: E402
+from cells import (  # noqa: E402
+    LARGEST_LEARNING_RATE,
+    LEARNING_RATES,
+    METHODS,
+    SMALLEST_LEARNING_RATE,
+    Overrides,
+    factorial,
+)
 from hinted_student import evaluation_records, make_hinted_student, with_solutions  # noqa: E402
 from record_run import commit, machine  # noqa: E402
+from self_teacher import examine  # noqa: E402
 from task import prompt_records, write_jsonl  # noqa: E402
 
 from sead_megatron.records import read_records  # noqa: E402
@@ -137,7 +145,7 @@ def validation_job(method: str, lr: float) -> Job:
 
 
 def validate(at_a_time: int) -> dict[str, dict[float, float]]:
-    """Validation accuracy of each method at each learning rate; while the smallest is the best, half of it is tried."""
+    """Validation accuracy of each method at each learning rate, until neither the smallest nor the largest is best."""
     accuracies: dict[str, dict[float, float]] = {method: {} for method in METHODS}
     pending = [(method, lr) for method in METHODS for lr in LEARNING_RATES]
     while pending:
@@ -145,12 +153,19 @@ def validate(at_a_time: int) -> dict[str, dict[float, float]]:
         train_all(jobs, at_a_time)
         for (method, lr), job in zip(pending, jobs, strict=True):
             accuracies[method][lr] = read_records(job.directory / "evaluations.jsonl")[-1]["accuracy"]
-        pending = [
-            (method, min(rates) / 2)
-            for method, rates in accuracies.items()
-            if best(rates) == min(rates) > SMALLEST_LEARNING_RATE
-        ]
+        untried = {method: untried_rate(rates) for method, rates in accuracies.items()}
+        pending = [(method, lr) for method, lr in untried.items() if lr is not None]
     return accuracies
+
+
+def untried_rate(accuracies: dict[float, float]) -> float | None:
+    """The next learning rate beyond the best one, where that is the smallest or the largest so far."""
+    chosen = best(accuracies)
+    if chosen == min(accuracies) > SMALLEST_LEARNING_RATE:
+        return chosen / 2
+    if chosen == max(accuracies) < LARGEST_LEARNING_RATE:
+        return chosen * 2
+    return None
 
 
 def best(accuracies: dict[float, float]) -> float:
@@ -193,6 +208,7 @@ def main() -> None:
         "validation_accuracy": accuracies,
         "learning_rate": learning_rate,
         **summarise({(job.name, job.seed): job.directory for job in jobs}),
+        "self_teacher": examine(WORK / "opsd", WORK / "student", WORK / "prompts_train.jsonl"),
     }
     RESULT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(f"wrote {RESULT.relative_to(ROOT)}")

@@ -138,10 +138,24 @@ def zones_table(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def self_teacher_table(result: dict[str, Any]) -> list[str]:
+    """What OPSD's student and teacher say where the student adds two factors instead of multiplying them."""
+    lines = [
+        "| the rollout's product | number | student: product | sum | teacher: product | sum | the shown character |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    keys = ("student, product", "student, sum", "teacher, product", "teacher, sum", "teacher, shown")
+    for kind, found in result["self_teacher"].items():
+        shares = (f"{100 * found[key]:.1f} %" if key in found else "" for key in keys)
+        lines.append(f"| {kind} | {found['products']} | " + " | ".join(shares) + " |")
+    return lines
+
+
 TABLES = {
     "factorial": factorial_table,
     "effects": effects_table,
     "methods": methods_table,
+    "self_teacher": self_teacher_table,
     "entropy": entropy_table,
     "zones": zones_table,
 }

@@ -20,6 +20,7 @@ import analysis  # noqa: E402
 import cells  # noqa: E402
 import hinted_student  # noqa: E402
 import run  # noqa: E402
+import self_teacher  # noqa: E402
 from task import expression_of, is_held_out, is_valid_solution  # noqa: E402
 
 
@@ -45,9 +46,11 @@ def test_every_method_has_as_many_rollouts() -> None:
         assert bool(config.teachers) == config.objective.needs_teacher
 
 
-def test_learning_rates_are_halved_while_that_helps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Accuracies as if two methods did best at 2.5e-4 and below every rate; a tie goes to the larger rate."""
-    wanted = {"grpo": 2.5e-4, "egrsd": 0.0, "opd": 1e-3}
+def test_learning_rates_are_tried_until_the_best_is_in_the_middle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Accuracies as if methods did best in the middle and beyond every rate; a tie goes to the larger rate."""
+    wanted = {"grpo": 2.5e-4, "egrsd": 0.0, "opd": 1e-3, "eopd": 1.0}
 
     def pretend(jobs: list[run.Job], at_a_time: int) -> None:
         for job in jobs:
@@ -60,14 +63,31 @@ def test_learning_rates_are_halved_while_that_helps(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(run, "WORK", tmp_path)
     monkeypatch.setattr(run, "train_all", pretend)
     found = run.validate(2)
-    assert set(found["sead"]) == set(found["opd"]) == {5e-4, 1e-3}
+    assert set(found["opd"]) == {5e-4, 1e-3, 2e-3}
+    assert set(found["sead"]) == set(found["eopd"]) == {5e-4, 1e-3, 2e-3, 4e-3}
     assert set(found["grpo"]) == set(found["egrsd"]) == {1.25e-4, 2.5e-4, 5e-4, 1e-3}
-    assert {method: run.best(found[method]) for method in ("sead", "opd", "grpo", "egrsd")} == {
-        "sead": 1e-3,
+    assert {method: run.best(found[method]) for method in ("sead", "opd", "eopd", "grpo", "egrsd")} == {
+        "sead": 4e-3,
         "opd": 1e-3,
+        "eopd": 4e-3,
         "grpo": 2.5e-4,
         "egrsd": 1.25e-4,
     }
+
+
+def test_products_of_a_rollout_beside_a_shown_solution() -> None:
+    """A wrong result takes the rollout where the solution has never been."""
+    response = "5+3*4=5+7=2 \\boxed{2}"
+    solution = "2+3*4=2+2=4 \\boxed{4}"
+    first, second = self_teacher.products(expression_of("Evaluate 3*4+3*4 modulo 10."), response, solution)
+    assert first == self_teacher.Product(0, "same step", "2", "7", None)
+    assert second == self_teacher.Product(8, "elsewhere", "2", "7", None)
+    (product,) = self_teacher.products(
+        expression_of("Evaluate 1+2+3*4 modulo 10."), "1+2+7=3+7=0 \\boxed{0}", "3+3*4=3+2=5 \\boxed{5}"
+    )
+    assert product == self_teacher.Product(4, "other step", "2", "7", "4")
+    nothing = self_teacher.products(expression_of("Evaluate 9*9*1 modulo 10."), "no step", "1*1=1 \\boxed{1}")
+    assert list(nothing) == []
 
 
 def test_runs() -> None:
