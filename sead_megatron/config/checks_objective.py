@@ -110,14 +110,15 @@ def check_prompts_for(config: TrainConfig, prompts: list[PromptRecord]) -> None:
     """Do the training prompts have what the objective reads? Raises UserError naming how many do not."""
     wanted = []
     if config.objective.needs_rewards:
-        wanted.append(("answer", f"objective {config.objective.name} rewards right answers"))
+        wanted.append(("answer", "answer", f"objective {config.objective.name} rewards right answers"))
     if config.objective.own_batches < 1:
         name = config.objective.name
-        wanted.append(("solution", f"objective {name} trains on it where student_share is below 1"))
+        reason = f"objective {name} trains on it, or on turns, where student_share is below 1"
+        wanted.append(("solution", "fixed_response", reason))
     if config.teacher.context is not None:
-        wanted.append(("solution", "teacher.context shows it to the teacher"))
-    for key, reason in wanted:
-        without = [prompt.id for prompt in prompts if not getattr(prompt, key)]
+        wanted.append(("solution", "solution", "teacher.context shows it to the teacher"))
+    for key, attribute, reason in wanted:
+        without = [prompt.id for prompt in prompts if not getattr(prompt, attribute)]
         if without:
             raise UserError(
                 f"data.prompts: {key}",

@@ -25,15 +25,16 @@ def fixed_rollouts(batch: Sequence[int], prompts: Sequence[Prompt], samples: int
 def _fixed(index: int, prompt: Prompt) -> Rollout:
     if prompt.fixed_response is None:
         raise ValueError(f"prompt {prompt.id!r} has no fixed response")
-    ids, finished = prompt.fixed_response
+    response = prompt.fixed_response
     teacher_ids = prompt.teacher_token_ids
     return Rollout(
         prompt_index=index,
         prompt_ids=np.asarray(prompt.token_ids, dtype=np.int32),
-        response_ids=np.asarray(ids, dtype=np.int32),
+        response_ids=np.asarray(response.ids, dtype=np.int32),
         logprobs=None,
         entropies=None,
-        finished=finished,
+        finished=response.finished,
         weight_version=FIXED_RESPONSE,
         teacher_prompt_ids=None if teacher_ids is None else np.asarray(teacher_ids, dtype=np.int32),
+        trained=None if response.trained is None else np.asarray(response.trained, dtype=np.bool_),
     )

@@ -91,7 +91,7 @@ def pack_rows(
 
 @dataclass(frozen=True, eq=False)
 class PackedRow:
-    """One microbatch, on the CPU (S positions with padding, n segments, R response tokens).
+    """One microbatch, on the CPU (S positions with padding, n segments, R response tokens that are trained on).
 
     Attributes:
         tokens: int64 [1, S].
@@ -126,7 +126,7 @@ def build_row(
 
     A rollout of P prompt and R response tokens is a segment of P + R positions. Response token j stands at
     position P + j of its segment and is predicted by position P + j - 1; the hidden state of the last
-    position predicts nothing. A rollout without response has no logit row.
+    position predicts nothing. Only tokens that are trained on have a logit row.
 
     Raises ValueError when ``pad_multiple`` is not positive.
     """
@@ -138,9 +138,9 @@ def build_row(
         rollout = rollouts[index]
         sequence = np.concatenate([rollout.prompt_ids, rollout.response_ids])
         segments.append(torch.from_numpy(sequence).long())
-        first, count = start + len(rollout.prompt_ids), len(rollout.response_ids)
-        logit_rows.append(torch.arange(first - 1, first - 1 + count))
-        token_index.append(int(table_offsets[index]) + torch.arange(count))
+        positions = torch.from_numpy(rollout.trained_positions)
+        logit_rows.append(start + len(rollout.prompt_ids) - 1 + positions)
+        token_index.append(int(table_offsets[index]) + torch.arange(len(positions)))
         start += rollout.length
     padding = -start % pad_multiple if row else pad_multiple
     if padding:
@@ -148,14 +148,14 @@ def build_row(
 
     no_tokens = torch.empty(0, dtype=torch.int64)
     tokens = torch.cat(segments)
-    positions = torch.cat([no_tokens, *logit_rows])
+    all_rows = torch.cat([no_tokens, *logit_rows])
     bounds = torch.tensor([0] + [len(segment) for segment in segments]).cumsum(0)
     return PackedRow(
         tokens=tokens[None],
         position_ids=torch.cat([torch.arange(len(segment)) for segment in segments])[None],
         cu_seqlens=bounds.to(torch.int32),
         max_seqlen=max(len(segment) for segment in segments),
-        logit_rows=positions,
-        labels=tokens[positions + 1],
+        logit_rows=all_rows,
+        labels=tokens[all_rows + 1],
         token_index=torch.cat([no_tokens, *token_index]),
     )

@@ -5,6 +5,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
@@ -22,6 +23,12 @@ class PromptRecord:
     answer: str | None
     domain: str | None
     solution: str | None = None
+    turns: list[dict[str, str]] | None = None
+
+    @property
+    def fixed_response(self) -> str | list[dict[str, str]] | None:
+        """What stands for a rollout in a batch of fixed responses."""
+        return self.turns or self.solution
 
 
 class AnyPrompt(Protocol):
@@ -47,7 +54,7 @@ def prompt_set_hash(prompts: Sequence[AnyPrompt]) -> str:
 
 def read_prompts(path: str | Path, what: str = "data.prompts") -> list[PromptRecord]:
     """Read JSONL: `{"id", "messages": [{"role", "content"}] or "prompt": text, "answer"?, "domain"?,
-    "solution"?}` a line.
+    "solution"?, "turns"?: [{"role", "content"}]}` a line.
 
     Other keys and blank lines are ignored. `what` names the field in errors. Raises UserError: no file, no
     prompt, a malformed line (with its number), a missing or ill-typed key, an id twice.
@@ -69,6 +76,7 @@ def read_prompts(path: str | Path, what: str = "data.prompts") -> list[PromptRec
                 _text(entry, "answer", where),
                 _text(entry, "domain", where),
                 _text(entry, "solution", where),
+                _turns(entry, where),
             )
         )
     if not records:
@@ -122,16 +130,48 @@ def _messages(entry: dict[str, object], where: str) -> list[dict[str, str]]:
                 f"{where}: prompt", text, "must be text that is not empty", "correct or remove the line"
             )
         return [{"role": "user", "content": text}]
-    messages = entry["messages"]
-    if not isinstance(messages, list) or not messages:
+    messages = _conversation(entry["messages"], f"{where}: messages", "add a user's message")
+    if messages[-1]["role"] == "assistant":
         raise UserError(
-            f"{where}: messages", messages, "must be a list that is not empty", "add a user's message"
+            f"{where}: messages[{len(messages) - 1}].role",
+            "assistant",
+            "the student answers the last message",
+            "drop the assistant's turn",
         )
-    return [_message(message, f"{where}: messages[{index}]", index == len(messages) - 1)
-            for index, message in enumerate(messages)]  # fmt: skip
+    return messages
 
 
-def _message(message: object, where: str, is_last: bool) -> dict[str, str]:
+def _turns(entry: dict[str, object], where: str) -> list[dict[str, str]] | None:
+    """A fixed response of several turns: the assistant's first and last, never two of its in a row."""
+    value = entry.get("turns")
+    if value is None:
+        return None
+    where = f"{where}: turns"
+    turns = _conversation(value, where, "add the assistant's messages, or remove the key")
+    roles = [turn["role"] for turn in turns]
+    for index in (0, len(roles) - 1):
+        if roles[index] != "assistant":
+            raise UserError(
+                f"{where}[{index}].role",
+                roles[index],
+                "the first and the last turn are the assistant's",
+                "correct the turns",
+            )
+    for index, (role, following) in enumerate(pairwise(roles), start=1):
+        if following == "system" or role == following == "assistant":
+            raise UserError(
+                f"{where}[{index}].role", following, f"cannot follow a turn of {role}", "correct the turns"
+            )
+    return turns
+
+
+def _conversation(value: object, where: str, remedy: str) -> list[dict[str, str]]:
+    if not isinstance(value, list) or not value:
+        raise UserError(where, value, "must be a list that is not empty", remedy)
+    return [_message(message, f"{where}[{index}]") for index, message in enumerate(value)]
+
+
+def _message(message: object, where: str) -> dict[str, str]:
     if not isinstance(message, dict) or set(message) != {"role", "content"}:
         raise UserError(
             where, message, "must have the keys role and content, no others", "correct the message"
@@ -139,10 +179,6 @@ def _message(message: object, where: str, is_last: bool) -> dict[str, str]:
     role, content = message["role"], message["content"]
     if role not in _ROLES:
         raise UserError(f"{where}.role", role, f"must be {alternatives(_ROLES)}", "correct the role")
-    if is_last and role == "assistant":
-        raise UserError(
-            f"{where}.role", role, "the student answers the last message", "drop the assistant's turn"
-        )
     if not isinstance(content, str):
         raise UserError(f"{where}.content", content, "must be text", "correct the content")
     return {"role": role, "content": content}

@@ -8,7 +8,8 @@ from dataclasses import replace
 
 from sead_megatron.config import TrainConfig
 from sead_megatron.data.prompts import PromptRecord, check_prompt_lengths, read_prompts
-from sead_megatron.data.types import Prompt
+from sead_megatron.data.turns import encode_turns
+from sead_megatron.data.types import FixedResponse, Prompt
 from sead_megatron.errors import UserError
 from sead_megatron.evaluation.benchmarks import read_benchmarks
 from sead_megatron.models.tokenizer import Tokenizer
@@ -31,11 +32,15 @@ def training_prompts(config: TrainConfig, tokenizer: Tokenizer) -> list[Prompt]:
     ]
 
 
-def _fixed(record: PromptRecord, config: TrainConfig, tokenizer: Tokenizer) -> tuple[tuple[int, ...], bool]:
-    """The solution as a response, cut as a rollout would be, and whether it is whole."""
-    ids = [*tokenizer.encode_text(record.solution or ""), *tokenizer.eos_ids[:1]]
+def _fixed(record: PromptRecord, config: TrainConfig, tokenizer: Tokenizer) -> FixedResponse:
+    """The turns or the solution as a response, cut as a rollout would be."""
     longest = config.rollout.max_new_tokens
-    return tuple(ids[:longest]), len(ids) <= longest
+    if record.turns is not None:
+        where = f"data.prompts: {record.id!r}"
+        ids, own = encode_turns(tokenizer, record.messages, record.turns, where)
+        return FixedResponse(tuple(ids[:longest]), len(ids) <= longest, tuple(own[:longest]))
+    ids = [*tokenizer.encode_text(record.solution or ""), *tokenizer.eos_ids[:1]]
+    return FixedResponse(tuple(ids[:longest]), len(ids) <= longest)
 
 
 def _teacher_ids(record: PromptRecord, config: TrainConfig, tokenizer: Tokenizer) -> tuple[int, ...]:

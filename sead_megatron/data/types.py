@@ -15,11 +15,20 @@ from sead_megatron.data.terms import Divergence, Term
 
 
 @dataclass(frozen=True)
+class FixedResponse:
+    """A response of the data: tokens, whether it is whole, and which tokens are the assistant's, where not all are."""
+
+    ids: tuple[int, ...]
+    finished: bool
+    trained: tuple[bool, ...] | None = None
+
+
+@dataclass(frozen=True)
 class Prompt:
     """One training or evaluation prompt; ``token_ids`` is the rendered chat up to the response.
 
     ``teacher_token_ids`` is what the teacher reads in its place, where that is something else (`teacher.context`).
-    ``fixed_response`` is a response of the data, and whether it is whole, where some batches train on them.
+    ``fixed_response`` is a response of the data, where some batches train on them.
 
     Raises ValueError when it has no token: nothing could predict the first response token.
     """
@@ -30,7 +39,7 @@ class Prompt:
     domain: str | None
     token_ids: tuple[int, ...]
     teacher_token_ids: tuple[int, ...] | None = None
-    fixed_response: tuple[tuple[int, ...], bool] | None = None
+    fixed_response: FixedResponse | None = None
 
     def __post_init__(self) -> None:
         if not self.token_ids:
@@ -66,6 +75,7 @@ class Rollout:
             and top-k), or None where it is not known.
         teacher_prompt_ids: int32 [P'], the prompt that the teacher reads, or None where it is ``prompt_ids``.
         teacher_logprobs: float32 [R], cached log probabilities that the teacher gives the tokens, or None.
+        trained: bool [R], False for tokens of other speakers in a fixed response of several turns; None for all.
 
     Raises ValueError for another dtype or shape.
     """
@@ -80,6 +90,7 @@ class Rollout:
     sampling_logprobs: npt.NDArray[np.float32] | None = None
     teacher_prompt_ids: npt.NDArray[np.int32] | None = None
     teacher_logprobs: npt.NDArray[np.float32] | None = None
+    trained: npt.NDArray[np.bool_] | None = None
 
     def __post_init__(self) -> None:
         expected = {
@@ -90,6 +101,7 @@ class Rollout:
             "sampling_logprobs": np.float32,
             "teacher_prompt_ids": np.int32,
             "teacher_logprobs": np.float32,
+            "trained": np.bool_,
         }
         for name, dtype in expected.items():
             array = getattr(self, name)
@@ -101,7 +113,7 @@ class Rollout:
                 )
         if not len(self.prompt_ids):
             raise ValueError(f"rollout of prompt {self.prompt_index} has an empty prompt")
-        for name in _OF_TOKENS:
+        for name in (*_OF_TOKENS, "trained"):
             array = getattr(self, name)
             if array is not None and len(array) != len(self.response_ids):
                 raise ValueError(
@@ -113,6 +125,18 @@ class Rollout:
     def length(self) -> int:
         """Tokens of prompt and response together, P + R."""
         return len(self.prompt_ids) + len(self.response_ids)
+
+    @property
+    def trained_positions(self) -> npt.NDArray[np.int64]:
+        """Indices [n] of the response tokens that have a row of the TokenTable."""
+        if self.trained is None:
+            return np.arange(len(self.response_ids))
+        return np.flatnonzero(self.trained)
+
+    @property
+    def trained_ids(self) -> npt.NDArray[np.int32]:
+        """Those tokens, int32 [n]."""
+        return self.response_ids[self.trained_positions]
 
     def as_read_by_teacher(self) -> Rollout:
         """The same response behind the teacher's prompt."""
@@ -159,7 +183,7 @@ class RolloutFacts:
 
 @dataclass(frozen=True, eq=False)
 class TokenTable:
-    """Statistics of the N response tokens of the global batch, in rollout order, then by position.
+    """Statistics of the N response tokens of the global batch that are trained on, in rollout order, then by position.
 
     Every rank of the world holds the same table, so that whatever is decided from it is the same everywhere.
     ``offsets`` is int64 [S+1] on the CPU (host code slices by it): rollout i owns tokens
@@ -229,13 +253,14 @@ class TokenTable:
         cls, rollouts: Sequence[Rollout], device: torch.device | str, facts: RolloutFacts | None = None
     ) -> TokenTable:
         """The global batch with what the engine measured, or a cache holds: the columns that every rollout has."""
-        lengths = torch.tensor([0] + [len(r.response_ids) for r in rollouts], dtype=torch.int64)
+        lengths = torch.tensor([0] + [len(r.trained_positions) for r in rollouts], dtype=torch.int64)
         empty = np.empty(0, dtype=np.float32)
         columns = {}
         for name, column in _OF_TOKENS.items():
             arrays = [array for r in rollouts if (array := getattr(r, name)) is not None]
             if len(arrays) == len(rollouts):
-                columns[column] = torch.from_numpy(np.concatenate([empty, *arrays])).to(device)
+                rows = (a[r.trained_positions] for a, r in zip(arrays, rollouts, strict=True))
+                columns[column] = torch.from_numpy(np.concatenate([empty, *rows])).to(device)
         return cls(offsets=lengths.cumsum(0), rollouts=facts, **columns)
 
     @property

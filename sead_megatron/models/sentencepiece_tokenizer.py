@@ -63,13 +63,20 @@ class SentencePieceTokenizer:
     def encode_messages(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """See `Tokenizer`. Without a chat template: `plain_prompt` after BOS (unless `add_bos_token` is
         false)."""
-        if self._template is None:
+        text = self.render(messages)
+        if text is None:
             ids = list(self._model.encode(plain_prompt(messages)))
             return [self._bos, *ids] if self._bos is not None and self._add_bos else ids
+        return self.encode_text(text)
+
+    def render(self, messages: Sequence[dict[str, str]], *, generation_prompt: bool = True) -> str | None:
+        """See `Tokenizer`."""
+        if self._template is None:
+            return None
         try:
-            text = self._template.render(
+            return self._template.render(
                 messages=list(messages),
-                add_generation_prompt=True,
+                add_generation_prompt=generation_prompt,
                 bos_token=self._special_text.get(self._bos, "") if self._bos is not None else "",
                 eos_token=self._special_text.get(self._eos, "") if self._eos is not None else "",
             )
@@ -77,7 +84,6 @@ class SentencePieceTokenizer:
             raise UserError(
                 f"{self._path}: chat template", None, str(error), "change the messages"
             ) from error
-        return self.encode_text(text)
 
     def encode_text(self, text: str) -> list[int]:
         """See `Tokenizer`."""

@@ -36,6 +36,10 @@ class Tokenizer(Protocol):
         prompt)."""
         ...
 
+    def render(self, messages: Sequence[dict[str, str]], *, generation_prompt: bool = True) -> str | None:
+        """Text of a conversation by the chat template; None without one."""
+        ...
+
     def encode_text(self, text: str) -> list[int]:
         """Ids of a text by itself: nothing is added to it."""
         ...
@@ -91,20 +95,28 @@ class HFTokenizer:
     def encode_messages(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """See `Tokenizer`. Without a chat template: `plain_prompt`, with the special tokens of a plain
         text."""
-        if not self._has_template:
+        text = self.render(messages)
+        if text is None:
             return list(self._tokenizer.encode(plain_prompt(messages)))
         # The template writes its own BOS; encoding must not add a second one.
+        return self.encode_text(text)
+
+    def render(self, messages: Sequence[dict[str, str]], *, generation_prompt: bool = True) -> str | None:
+        """See `Tokenizer`."""
+        if not self._has_template:
+            return None
         from jinja2 import TemplateError
 
         try:
-            text = self._tokenizer.apply_chat_template(
-                list(messages), add_generation_prompt=True, tokenize=False
+            return str(
+                self._tokenizer.apply_chat_template(
+                    list(messages), add_generation_prompt=generation_prompt, tokenize=False
+                )
             )
         except TemplateError as error:
             raise UserError(
                 f"{self._path}: chat template", None, str(error), "change the messages"
             ) from error
-        return list(self._tokenizer.encode(text, add_special_tokens=False))
 
     def encode_text(self, text: str) -> list[int]:
         """See `Tokenizer`."""

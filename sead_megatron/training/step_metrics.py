@@ -105,8 +105,8 @@ def rollout_records(
             "reward": None if passed[i] is None else float(bool(passed[i])),
             "finished": rollout.finished,
             "weight_version": rollout.weight_version,
-            "tokens": rollout.response_ids.tolist(),
-            "token_texts": [tokenizer.decode([token]) for token in rollout.response_ids.tolist()],
+            "tokens": rollout.trained_ids.tolist(),
+            "token_texts": [tokenizer.decode([token]) for token in rollout.trained_ids.tolist()],
         }
         if rollout.logprobs is not None:
             record["logprobs"] = _rounded(torch.from_numpy(rollout.logprobs))

@@ -46,7 +46,7 @@ class StepPlan:
 
     def labels(self, token_index: Tensor) -> Tensor:
         """Response tokens by their TokenTable indices, int64."""
-        tokens = np.concatenate([np.empty(0, dtype=np.int32), *(r.response_ids for r in self.rollouts)])
+        tokens = np.concatenate([np.empty(0, dtype=np.int32), *(r.trained_ids for r in self.rollouts)])
         return torch.from_numpy(tokens).long()[token_index]
 
     def token_indices(self, rollouts: Sequence[int]) -> Tensor:
@@ -90,11 +90,11 @@ def plan_step(
     rollouts: Sequence[Rollout], student: Layout, teacher_of: Sequence[int] | None = None
 ) -> StepPlan:
     """Balances rollouts over student replicas by tokens. `teacher_of`: by default one teacher scores all of them."""
-    responses = torch.tensor([0] + [len(rollout.response_ids) for rollout in rollouts], dtype=torch.int64)
+    trained = torch.tensor([0] + [len(r.trained_positions) for r in rollouts], dtype=torch.int64)
     return StepPlan(
         rollouts,
         [rollout.as_read_by_teacher() for rollout in rollouts],
-        responses.cumsum(0),
+        trained.cumsum(0),
         student,
         assign_to_replicas([rollout.length for rollout in rollouts], student.data),
         [0] * len(rollouts) if teacher_of is None else teacher_of,

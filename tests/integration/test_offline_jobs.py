@@ -18,6 +18,7 @@ from sead_megatron.models.tokenizer import load_tokenizer
 from sead_megatron.records import read_records
 from tests.integration.jobs import run_command, run_job
 from tests.integration.test_objective_jobs import PAIR, write_quickstart_job
+from tests.tiny_inputs import write_jsonl
 
 STEPS = 4
 # Of float32 logprobs, between Megatron at TP2 in packed rows and transformers one by one.
@@ -161,9 +162,21 @@ def test_gkd_on_rollouts_and_fixed_responses(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_fixed_responses_alone_in_two_layouts(tmp_path: Path) -> None:
-    """No engine is started, and neither loss nor gradient depends on the layout."""
+    """No engine is started, and neither loss nor gradient depends on the layout, with turns of a user masked."""
     changes = {"steps": 2, "objective": {"name": "gkd", "student_share": 0}, "checkpoint": {"every": 2}}
     job = write_quickstart_job(tmp_path, changes)
+    prompts = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
+    said = {}
+    for i, prompt in enumerate(prompts):
+        own = [f"{prompt['answer']}+0", prompt["solution"]] if i % 2 else [prompt["solution"]]
+        said[prompt["id"]] = own
+        if len(own) == 2:
+            prompt["turns"] = [
+                {"role": "assistant", "content": own[0]},
+                {"role": "user", "content": "modulo 10?"},
+                {"role": "assistant", "content": own[1]},
+            ]
+    write_jsonl(tmp_path / "prompts.jsonl", prompts)
     runs = {
         "dp2": ["student.parallel.tensor=1"],
         "tp2": ["student.parallel.tensor=2", "teacher.parallel.tensor=1"],
@@ -174,6 +187,13 @@ def test_fixed_responses_alone_in_two_layouts(tmp_path: Path) -> None:
         assert ended.returncode == 0, ended.output[-4000:]
         assert "starting the rollout engine" not in ended.output
         records[name] = read_records(tmp_path / name / "metrics.jsonl")
+    tokenizer = load_tokenizer(PAIR / "student")
+    trained = trained_tokens(tmp_path / "dp2", 1)
+    for name, tokens in trained:
+        assert tokens == [
+            token for text in said[name] for token in [*tokenizer.encode_text(text), tokenizer.eos_ids[0]]
+        ]
+    assert {len(said[name]) for name, _ in trained} == {1, 2}
     for ours, theirs in zip(records["dp2"], records["tp2"], strict=True):
         assert ours["tokens/active"] == theirs["tokens/active"] > 0
         for key in ("loss", "grad_norm", "kl/forward"):

@@ -80,8 +80,8 @@ def test_prompts_without_a_solution(path: Path) -> None:
     with pytest.raises(UserError) as error:
         check_config(load_config(path, ["objective={name: gkd, student_share: 0.9}"]), 1)
     assert str(error.value) == (
-        "data.prompts: solution: missing in 3 of 8 prompts, the first 'p2'; objective gkd trains on it where "
-        "student_share is below 1; add it or remove these prompts"
+        "data.prompts: solution: missing in 3 of 8 prompts, the first 'p2'; objective gkd trains on it, or "
+        "on turns, where student_share is below 1; add it or remove these prompts"
     )
 
 

@@ -52,6 +52,16 @@ def test_table_of_rollouts_is_in_rollout_order_with_the_engine_statistics() -> N
     assert [rollout.length for rollout in rollouts] == [4, 2, 3]
 
 
+def test_masked_tokens_have_no_row() -> None:
+    masked = make_rollout([1], [5, 6, 7, 8], first=1, trained=np.array([True, False, False, True]))
+    table = TokenTable.from_rollouts([masked, make_rollout([4], [9])], "cpu")
+    assert table.offsets.tolist() == [0, 2, 3] and table.require("rollout_logprob").tolist() == [-1, -4, 0]
+    assert masked.trained_ids.tolist() == [5, 8] and masked.length == 5
+    assert masked.as_read_by_teacher().trained_positions.tolist() == [0, 3]
+    with pytest.raises(ValueError, match="4 response tokens and 2 trained"):
+        make_rollout([1], [5, 6, 7, 8], trained=np.array([True, False]))
+
+
 def test_table_of_nothing() -> None:
     table = TokenTable.from_rollouts([], "cpu")
     assert (table.num_rollouts, table.num_tokens) == (0, 0)
