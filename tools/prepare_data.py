@@ -11,14 +11,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, get_args
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
 from sead_megatron.data.preparation.contamination import Rule
 from sead_megatron.data.preparation.instructions import CHOICES
-from sead_megatron.data.preparation.layouts import DETECTED
+from sead_megatron.data.preparation.layouts import DETECTED, AssistantTurn
 from sead_megatron.data.preparation.prepare import Advance, Options, outputs, prepare, write
 from sead_megatron.data.preparation.sources import find_source
 from sead_megatron.data.preparation.summary import table
@@ -62,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--domain", help="domain of every row")
     options.add_argument("--instruction", choices=CHOICES, default="keep",
                          help="keep prompts, take known instructions off, or put our own there")  # fmt: skip
-    options.add_argument("--assistant-turn", choices=("refuse", "solution"), default="refuse",
+    options.add_argument("--assistant-turn", choices=get_args(AssistantTurn), default="refuse",
                          help="what a last message of the assistant is")  # fmt: skip
     options.add_argument("--near-duplicates", type=_share, default=Options.near_duplicates, metavar="SIMILARITY",
                          help="Jaccard, of near duplicates (default %(default)s); 0: equal ones only")  # fmt: skip
@@ -92,7 +92,7 @@ def run(arguments: argparse.Namespace) -> None:
         columns={role: getattr(arguments, f"{role}_column") for role in DETECTED},
         domain=arguments.domain,
         instruction=arguments.instruction,
-        assistant_solution=arguments.assistant_turn == "solution",
+        assistant_turn=arguments.assistant_turn,
         skip_malformed=arguments.skip_malformed,
         near_duplicates=arguments.near_duplicates,
         keep_conflicts=arguments.conflicts == "first",

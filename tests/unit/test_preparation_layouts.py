@@ -13,25 +13,30 @@ from tests.preparation_inputs import CHINESE, DAPO_PREFIX, DAPO_SUFFIX, dapo_row
 
 USER = {"role": "user", "content": "1 + 1?"}
 MATH = {"problem": "1 + 1?", "solution": "It is $\\boxed{2}$.", "subject": "Algebra"}
+TURNS = [
+    {"role": "assistant", "content": "calculator: 1 + 1"},
+    {"role": "tool", "content": "2"},
+    {"role": "assistant", "content": "\\boxed{2}"},
+]
 GSM8K = {"question": "1 + 1?", "answer": "One and one.\n#### 2"}
 LAYOUTS: dict[str, tuple[dict[str, Any], Columns, Example]] = {
     "verl": (
         dapo_row("u-1", "1 + 1?", "2"),
-        Columns("prompt", "reward_model.ground_truth", None, "extra_info.index", "ability"),
+        Columns("prompt", "reward_model.ground_truth", None, None, "extra_info.index", "ability"),
         Example("u-1", [{"role": "user", "content": f"{DAPO_PREFIX}1 + 1?{DAPO_SUFFIX}"}], "2", "MATH", None),
     ),
-    "MATH": (MATH, Columns("problem", None, "solution", None, "subject"),
+    "MATH": (MATH, Columns("problem", None, "solution", None, None, "subject"),
              Example(None, [USER], "2", "Algebra", MATH["solution"])),
     "GSM8K": (GSM8K, Columns("question", "answer"), Example(None, [USER], "2", None, "One and one.")),
     "OlympiadBench": (
         {"id": 7, "question": "1 + 1?", "final_answer": ["2"], "domain": None},
-        Columns("question", "final_answer", None, "id", "domain"),
+        Columns("question", "final_answer", None, None, "id", "domain"),
         Example("7", [USER], "2", None, None),
     ),
     "ours": (
-        {"id": "a", "messages": [USER], "answer": "2", "solution": "Count.", "domain": "sums"},
-        Columns("messages", "answer", "solution", "id", "domain"),
-        Example("a", [USER], "2", "sums", "Count."),
+        {"id": "a", "messages": [USER], "answer": "2", "solution": "Count.", "turns": TURNS, "domain": "sums"},
+        Columns("messages", "answer", "solution", "turns", "id", "domain"),
+        Example("a", [USER], "2", "sums", "Count.", TURNS),
     ),
     "messages before problem": (
         {"problem": "1 + 1?", "messages": [{**USER, "name": None}]},
@@ -52,7 +57,7 @@ def test_named_columns() -> None:
     row = {"prompt": "no", "meta": {"text": "1 + 1?", "gold": 2.5}, "key": 3}
     chosen = {"prompt": "meta.text", "answer": "meta.gold", "id": "key"}
     columns = detect_columns(row, "FILE, row 1", chosen)
-    assert columns == Columns("meta.text", "meta.gold", None, "key")
+    assert columns == Columns("meta.text", "meta.gold", None, None, "key")
     assert read_example(row, "FILE, row 1", columns) == Example("3", [USER], "2.5", None, None)
 
 
@@ -120,7 +125,7 @@ def test_malformed_answers(answer: object) -> None:
 @pytest.mark.parametrize("key", ["prompt", "answer", "solution", "id", "domain"])
 def test_half_a_surrogate_pair(key: str) -> None:
     row = {"prompt": "x", "answer": "1", "solution": "y", "id": "z", "domain": "d", key: "ab\ud800"}
-    columns = Columns("prompt", "answer", "solution", "id", "domain")
+    columns = Columns("prompt", "answer", "solution", None, "id", "domain")
     with pytest.raises(
         UserError, match=r"^FILE, row 3: holds half a surrogate pair \(character 2 of a text\)"
     ):
@@ -129,8 +134,31 @@ def test_half_a_surrogate_pair(key: str) -> None:
 
 def test_assistant_turn_as_solution() -> None:
     row = {"messages": [USER, {"role": "assistant", "content": "So \\boxed{1}, no, \\boxed{2}."}]}
-    example = read_example(row, "FILE, row 1", Columns("messages"), assistant_solution=True)
+    example = read_example(row, "FILE, row 1", Columns("messages"), assistant_turn="solution")
     assert example == Example(None, [USER], "2", None, "So \\boxed{1}, no, \\boxed{2}.")
+
+
+def test_turns_of_a_conversation() -> None:
+    """The assistant's turns and what is between them; a system message and the first question stay the prompt."""
+    system = {"role": "system", "content": "Be brief."}
+    row = {"messages": [system, USER, *TURNS]}
+    example = read_example(row, "FILE, row 1", Columns("messages"), assistant_turn="turns")
+    assert example == Example(None, [system, USER], None, None, None, TURNS)
+    last = read_example(row, "FILE, row 1", Columns("messages"), assistant_turn="solution")
+    assert last == Example(None, [system, USER, *TURNS[:-1]], "2", None, TURNS[-1]["content"])
+
+
+@pytest.mark.parametrize(
+    ("turns", "message"),
+    [
+        ([USER], 'turns[0].role = "user": after user comes assistant; correct the row, or --skip-malformed'),
+        (TURNS[:2], 'turns = "ends with tool": the last turn is the assistant\'s; correct the row'),
+    ],
+)
+def test_turns_out_of_order(turns: object, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        read_example({"prompt": "x", "turns": turns}, "FILE, row 3", Columns("prompt", turns="turns"))
+    assert str(error.value) == f"FILE, row 3: {message}"
 
 
 def test_wrappers() -> None:

@@ -108,6 +108,7 @@ def test_whole(dapo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         "domains": {"MATH": 4},
         "messages": {"1": 4},
         "solutions": 0,
+        "turns": 0,
     }
     assert str(tmp_path) not in "".join(file.read_text() for file in out.parent.iterdir())
 

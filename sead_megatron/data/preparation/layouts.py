@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from sead_megatron.errors import UserError, alternatives
 from sead_megatron.evaluation.grading import boxed_answers
@@ -11,10 +12,13 @@ DETECTED = {
     "prompt": ("messages", "prompt", "problem", "question"),
     "answer": ("answer", "reward_model.ground_truth", "ground_truth", "final_answer", "expected_answer"),
     "solution": ("solution", "extra_info.solution"),
+    "turns": ("turns",),
     "id": ("id", "extra_info.index", "unique_id", "uuid"),
     "domain": ("domain", "ability", "subject", "data_source"),
 }
 ROLES = ("system", "user", "assistant", "tool")
+AssistantTurn = Literal["refuse", "solution", "turns"]
+"""What a last message of the assistant is."""
 # Who may speak after whom; the empty name is the beginning.
 _FOLLOWS = {
     "": ("system", "user"),
@@ -33,6 +37,7 @@ class Columns:
     prompt: str
     answer: str | None = None
     solution: str | None = None
+    turns: str | None = None
     id: str | None = None
     domain: str | None = None
 
@@ -46,6 +51,7 @@ class Example:
     answer: str | None
     domain: str | None
     solution: str | None
+    turns: list[dict[str, str]] | None = None
 
 
 def detect_columns(row: Mapping[str, object], where: str, chosen: Mapping[str, str | None]) -> Columns:
@@ -77,21 +83,29 @@ def detect_columns(row: Mapping[str, object], where: str, chosen: Mapping[str, s
 
 
 def read_example(
-    row: Mapping[str, object], where: str, columns: Columns, *, assistant_solution: bool = False
+    row: Mapping[str, object], where: str, columns: Columns, *, assistant_turn: AssistantTurn = "refuse"
 ) -> Example:
     """One row as an example.
 
     The prompt is text (a single turn of the user) or a list of messages. An answer that ends in `#### 7` (GSM8K) is a
     solution and the answer 7; without an answer column the last box of the solution is the answer.
-    `assistant_solution` takes a last turn of the assistant off and makes it the solution. Raises UserError, naming
-    `where`, for whatever is not as it should be.
+    `assistant_turn` takes a last turn of the assistant off and makes it the solution, or everything from its first turn
+    on and makes it the turns. Raises UserError, naming `where`, for whatever is not as it should be.
     """
     messages = _messages(_get(row, columns.prompt), f"{where}: {columns.prompt}")
     solution = _text(row, columns.solution, where)
-    if assistant_solution and messages[-1]["role"] == "assistant":
-        solution = messages[-1]["content"]
-        messages = messages[:-1]
-    _check_turns(messages, f"{where}: {columns.prompt}")
+    turns = None
+    if columns.turns is not None and _get(row, columns.turns) is not None:
+        turns = _messages(_get(row, columns.turns), f"{where}: {columns.turns}")
+    if messages[-1]["role"] == "assistant" and assistant_turn != "refuse":
+        own = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        first = own[-1] if assistant_turn == "solution" else own[0]
+        messages, taken = messages[:first], messages[first:]
+        if assistant_turn == "solution":
+            solution = taken[0]["content"]
+        else:
+            turns = taken
+    _check_turns(messages, turns, where, columns)
     answer = _text(row, columns.answer, where)
     if answer is not None and _GSM8K_MARK in answer:
         worked, _, answer = answer.rpartition(_GSM8K_MARK)
@@ -100,7 +114,7 @@ def read_example(
         boxes = boxed_answers(solution)
         answer = boxes[-1] if boxes else None
     example = Example(
-        _text(row, columns.id, where), messages, answer, _text(row, columns.domain, where), solution
+        _text(row, columns.id, where), messages, answer, _text(row, columns.domain, where), solution, turns
     )
     _check_unicode(example, where)
     return example
@@ -108,7 +122,7 @@ def read_example(
 
 def _check_unicode(example: Example, where: str) -> None:
     """JSON can escape half a surrogate pair, which no file can hold."""
-    contents = [message["content"] for message in example.messages]
+    contents = [message["content"] for message in (*example.messages, *(example.turns or ()))]
     for text in (*contents, example.id, example.answer, example.domain, example.solution):
         try:
             (text or "").encode("utf-8")
@@ -153,8 +167,27 @@ def _message(message: object, where: str) -> dict[str, str]:
     return {"role": kept["role"], "content": kept["content"]}
 
 
-def _check_turns(messages: list[dict[str, str]], where: str) -> None:
-    before = ""
+def _check_turns(
+    messages: list[dict[str, str]], turns: list[dict[str, str]] | None, where: str, columns: Columns
+) -> None:
+    """Who speaks after whom, in the prompt and in the turns that follow it."""
+    before = _check_order(messages, "", f"{where}: {columns.prompt}")
+    if before not in ("user", "tool"):
+        raise UserError(
+            f"{where}: {columns.prompt}",
+            f"ends with {before or 'nothing'}",
+            "the student answers the last message, which is the user's or a tool's",
+            "use --assistant-turn solution or turns, name another --prompt-column, or --skip-malformed",
+        )
+    place = f"{where}: {columns.turns or columns.prompt}"
+    if turns is not None and _check_order(turns, before, place) != "assistant":
+        raise UserError(
+            place, f"ends with {turns[-1]['role']}", "the last turn is the assistant's", "correct the row"
+        )
+
+
+def _check_order(messages: list[dict[str, str]], before: str, where: str) -> str:
+    """The role of the last message."""
     for index, message in enumerate(messages):
         if message["role"] not in _FOLLOWS[before]:
             raise UserError(
@@ -168,13 +201,7 @@ def _check_turns(messages: list[dict[str, str]], where: str) -> None:
                 f"{where}[{index}]", "", "must not be empty", "correct the row, or --skip-malformed"
             )
         before = message["role"]
-    if before not in ("user", "tool"):
-        raise UserError(
-            where,
-            f"ends with {before or 'nothing'}",
-            "the student answers the last message, which is the user's or a tool's",
-            "use --assistant-turn solution, name another --prompt-column, or --skip-malformed",
-        )
+    return before
 
 
 def _text(row: Mapping[str, object], column: str | None, where: str) -> str | None:

@@ -13,7 +13,13 @@ from sead_megatron import __version__
 from sead_megatron.data.preparation.contamination import Match, Rule, find_contaminated
 from sead_megatron.data.preparation.duplicates import Duplicates, Problem, answers_differ, find_duplicates
 from sead_megatron.data.preparation.instructions import unwrap, with_instruction
-from sead_megatron.data.preparation.layouts import Columns, Example, detect_columns, read_example
+from sead_megatron.data.preparation.layouts import (
+    AssistantTurn,
+    Columns,
+    Example,
+    detect_columns,
+    read_example,
+)
 from sead_megatron.data.preparation.sources import Source, read_rows
 from sead_megatron.data.preparation.summary import statistics
 from sead_megatron.data.preparation.text import canonical_tokens
@@ -33,7 +39,7 @@ class Options:
     columns: dict[str, str | None] = field(default_factory=dict)
     domain: str | None = None
     instruction: str = "keep"
-    assistant_solution: bool = False
+    assistant_turn: AssistantTurn = "refuse"
     skip_malformed: bool = False
     near_duplicates: float = 0.5
     keep_conflicts: bool = False
@@ -160,9 +166,7 @@ def _read(source: Source, options: Options, advance: Advance) -> tuple[list[Entr
             if isinstance(row.content, UserError):
                 raise row.content
             columns = columns or detect_columns(row.content, row.where, options.columns)
-            example = read_example(
-                row.content, row.where, columns, assistant_solution=options.assistant_solution
-            )
+            example = read_example(row.content, row.where, columns, assistant_turn=options.assistant_turn)
         except UserError as error:
             # Without columns it is not the row that is wrong.
             if not options.skip_malformed or (columns is None and error is not row.content):
@@ -259,6 +263,7 @@ def _output_rows(source: Source, entries: Sequence[Entry], options: Options) -> 
             "answer": entry.example.answer,
             "domain": options.domain or entry.example.domain,
             "solution": entry.example.solution,
+            "turns": entry.example.turns,
         }
         rows.append({key: value for key, value in row.items() if value is not None})
     if not rows:

@@ -39,6 +39,7 @@ def statistics(rows: Sequence[dict[str, Any]], problems: Sequence[str]) -> dict[
         "domains": _counted(row.get("domain", "none") for row in rows),
         "messages": _counted(str(len(row["messages"])) for row in rows),
         "solutions": sum("solution" in row for row in rows),
+        "turns": sum("turns" in row for row in rows),
     }
 
 
@@ -56,6 +57,7 @@ def table(provenance: dict[str, Any]) -> Table:
     for name in ("problem characters", "answers", "domains", "messages"):
         shown.add_row(name, ", ".join(f"{key} {value:,}" for key, value in found[name].items()))
     shown.add_row("with a solution", f"{found['solutions']:,}")
+    shown.add_row("with turns", f"{found['turns']:,}")
     return shown
 
 
