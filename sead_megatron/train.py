@@ -169,9 +169,9 @@ class Trainer:
         if not self.measures_everything():
             return table
         topk = max(self.job.objective.topk_lists, self.config.metrics.topk_lists)
-        columns = self.job.models.student.token_stats(
-            plan, scores, topk, teacher_argmax=self.job.objective.teacher_argmax
-        )
+        # Fixed responses have their own targets.
+        argmax = self.job.objective.teacher_argmax and table.rollout_logprob is not None
+        columns = self.job.models.student.token_stats(plan, scores, topk, teacher_argmax=argmax)
         stay = ["teacher_entropy", "teacher_logprob"]
         if not self.job.objective.uses_trainer_entropy:
             stay.append("student_entropy")

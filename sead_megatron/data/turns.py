@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import groupby
+from collections.abc import Sequence
+from itertools import takewhile
 
 from sead_megatron.errors import UserError
 from sead_megatron.models.tokenizer import Tokenizer
@@ -16,47 +16,65 @@ def encode_turns(
 ) -> tuple[list[int], list[bool]]:
     """Ids of what follows the rendered `messages`, up to the end of the last turn, and which are the assistant's.
 
-    `turns` begin and end with the assistant. Its tokens are those that it would sample: from behind the generation
-    prompt to the end of sequence; what the template writes between turns is not among them. Every part is encoded by
-    itself, as prompts and responses are in rollouts.
+    `turns` begin and end with the assistant, and never have two of its in a row. Its tokens are those of its text,
+    without spaces around it, and the end of sequence that follows: what it would sample. All else, up to the next
+    generation prompt, is as the chat template has it. Each of the two is encoded by itself, as prompts and responses
+    are in rollouts. No turn of the assistant is rendered as the last message, which templates treat differently.
 
-    Raises UserError, naming `where`, without a chat template, and with one that changes earlier turns.
+    Raises UserError, naming `where`, without a chat template, and where the template writes a turn of the assistant
+    otherwise than it is, changes earlier turns or leaves one out.
     """
     done, conversation = tokenizer.render(messages), list(messages)
     if done is None:
         raise UserError(f"{where}: turns", None, "need a chat template", "use a solution, or add a template")
     ids: list[int] = []
     own: list[bool] = []
-    for is_assistant, part, is_last in _parts(turns):
-        conversation += part
-        text = tokenizer.render(conversation, generation_prompt=not is_assistant) or ""
-        if not text.startswith(done):
-            raise UserError(
-                f"{where}: turns",
-                part[0]["role"],
-                "the chat template changes earlier turns when this one follows (it may drop their reasoning)",
-                "remove these turns, or use a template that only appends",
-            )
-        added = tokenizer.encode_text(text[len(done) :])
-        sampled = _sampled(added, tokenizer.eos_ids) if is_assistant else 0
-        if is_last:
-            added = added[:sampled]
-            if not added or added[-1] not in tokenizer.eos_ids:
-                added += tokenizer.eos_ids[:1]
-            sampled = len(added)
-        ids += added
-        own += [True] * sampled + [False] * (len(added) - sampled)
-        done = text
+    for index, turn in enumerate(turns):
+        if turn["role"] != "assistant":
+            continue
+        content = turn["content"].strip()
+        body = tokenizer.encode_text(content)
+        others = list(takewhile(lambda other: other["role"] != "assistant", turns[index + 1 :]))
+        if not others:
+            rest, ends = list(tokenizer.eos_ids[:1]), 1
+        else:
+            conversation += [turn, *others]
+            text = tokenizer.render(conversation) or ""
+            _check_heard(tokenizer, conversation, len(others), text, where)
+            rest, ends = _after(tokenizer, text, done, content, f"{where}: turns[{index}]")
+            done = text
+        ids += body + rest
+        own += [True] * (len(body) + ends) + [False] * (len(rest) - ends)
     return ids, own
 
 
-def _parts(turns: Sequence[Message]) -> Iterator[tuple[bool, list[Message], bool]]:
-    """(is the assistant's, messages, is the last one): templates may write several results of tools as one message."""
-    groups = [(own, list(part)) for own, part in groupby(turns, key=lambda turn: turn["role"] == "assistant")]
-    for index, (own, part) in enumerate(groups):
-        yield own, part, index == len(groups) - 1
+def _check_heard(
+    tokenizer: Tokenizer, conversation: Sequence[Message], count: int, text: str, where: str
+) -> None:
+    """Is what the last `count` messages say in the rendered `text`? A template may not know tools."""
+    for index in range(len(conversation) - count, len(conversation)):
+        other = {**conversation[index], "content": conversation[index]["content"] + "."}
+        if tokenizer.render([*conversation[:index], other, *conversation[index + 1 :]]) == text:
+            raise UserError(
+                f"{where}: turns",
+                conversation[index]["role"],
+                "the chat template leaves out what this role says",
+                "give these turns another role, or use another template",
+            )
 
 
-def _sampled(ids: Sequence[int], eos_ids: Sequence[int]) -> int:
-    """Tokens up to the first end of sequence, all of them without one."""
-    return next((i + 1 for i, token in enumerate(ids) if token in eos_ids), len(ids))
+def _after(tokenizer: Tokenizer, text: str, done: str, content: str, where: str) -> tuple[list[int], int]:
+    """What stands behind `content` in `text`, which continues `done` with it; 1 if an end of sequence comes first."""
+    added = text[len(done) :].lstrip()
+    if not text.startswith(done) or not added.startswith(content):
+        raise UserError(
+            where,
+            None,
+            "the chat template does not append this turn as it is to what it wrote before (it may drop reasoning, or "
+            "write its own)",
+            "remove these turns, or use a template that only appends",
+        )
+    rest = tokenizer.encode_text(added[len(content) :].lstrip())
+    if rest and rest[0] in tokenizer.eos_ids:
+        return rest, 1
+    return tokenizer.encode_text(added[len(content) :]), 0

@@ -97,8 +97,8 @@ class MixtureSection(ObjectiveSection):
 
     student_share: Share = 1.0
     """Share of the batches that are the student's own rollouts (lambda of GKD, arXiv 2306.13649); in the others the
-    response to each prompt is its `solution`, with the same divergence. A coin a batch decides, by seed and step. 0
-    samples nothing."""
+    response to each prompt is its `turns` or its `solution`, with the same divergence. A coin a batch decides, by seed
+    and step. 0 samples nothing."""
 
     @property
     def own_batches(self) -> float:

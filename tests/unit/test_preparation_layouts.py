@@ -122,10 +122,12 @@ def test_malformed_answers(answer: object) -> None:
         read_example({"prompt": "x", "answer": answer}, "FILE, row 3", Columns("prompt", "answer"))
 
 
-@pytest.mark.parametrize("key", ["prompt", "answer", "solution", "id", "domain"])
+@pytest.mark.parametrize("key", ["prompt", "answer", "solution", "id", "domain", "turns"])
 def test_half_a_surrogate_pair(key: str) -> None:
     row = {"prompt": "x", "answer": "1", "solution": "y", "id": "z", "domain": "d", key: "ab\ud800"}
-    columns = Columns("prompt", "answer", "solution", None, "id", "domain")
+    if key == "turns":
+        row[key] = [{"role": "assistant", "content": "ab\ud800"}]
+    columns = Columns("prompt", "answer", "solution", "turns", "id", "domain")
     with pytest.raises(
         UserError, match=r"^FILE, row 3: holds half a surrogate pair \(character 2 of a text\)"
     ):
@@ -146,6 +148,20 @@ def test_turns_of_a_conversation() -> None:
     assert example == Example(None, [system, USER], None, None, None, TURNS)
     last = read_example(row, "FILE, row 1", Columns("messages"), assistant_turn="solution")
     assert last == Example(None, [system, USER, *TURNS[:-1]], "2", None, TURNS[-1]["content"])
+
+
+def test_turns_that_are_no_conversation_are_another_column() -> None:
+    assert detect_columns({"prompt": "x", "turns": 3}, "FILE, row 1", {}).turns is None
+    assert detect_columns({"prompt": "x", "turns": ["a"]}, "FILE, row 1", {}).turns is None
+    assert detect_columns({"prompt": "x", "turns": None}, "FILE, row 1", {}).turns == "turns"
+    assert detect_columns({"prompt": "x", "talk": 3}, "FILE, row 1", {"turns": "talk"}).turns == "talk"
+
+
+def test_turns_of_the_prompt_column_keep_their_numbers() -> None:
+    row = {"messages": [USER, TURNS[0], {"role": "user", "content": " "}, TURNS[2]], "turns": TURNS}
+    columns = Columns("messages", turns="turns")
+    with pytest.raises(UserError, match=r'^FILE, row 1: messages\[2\] = "": must not be empty'):
+        read_example(row, "FILE, row 1", columns, assistant_turn="turns")
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,29 @@ def dapo(tmp_path: Path) -> Path:
     return write_parquet(tmp_path / "dapo.parquet", DAPO)
 
 
+def test_whole_conversations_are_compared(tmp_path: Path) -> None:
+    """A benchmark's question in a later turn is found, and one opening does not make two conversations equal."""
+    write_jsonl(tmp_path / "spiders.jsonl", [{"id": "t", "problem": SPIDER}])
+    asked = (TRIPLES, SPIDER, PAIRS)
+    rows = [
+        {
+            "id": f"c{i}",
+            "messages": [
+                {"role": role, "content": text}
+                for role, text in zip(
+                    ("user", "assistant") * 2, ("Hello!", "Hello.", text, "\\boxed{5}"), strict=True
+                )
+            ],
+        }
+        for i, text in enumerate(asked)
+    ]
+    out = tmp_path / "out.jsonl"
+    source = write_jsonl(tmp_path / "chats.jsonl", rows)
+    assert run(source, out, "--benchmark", tmp_path / "spiders.jsonl", "--assistant-turn", "turns") == 0
+    assert [(prompt.id, len(prompt.turns or ())) for prompt in read_prompts(out)] == [("c0", 3), ("c2", 3)]
+    assert jsonl(tmp_path / "out.jsonl.removed.jsonl")[0]["reason"] == "contaminated"
+
+
 def test_whole(dapo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "new/train.jsonl"
     assert run(dapo, out, "--benchmark", tmp_path / "spiders.jsonl", "--near-duplicates", "0.4") == 0

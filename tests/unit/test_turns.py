@@ -19,6 +19,7 @@ from sead_megatron.models.tokenizer import Tokenizer, load_tokenizer
 from sead_megatron.parallel.layout import Layout
 from sead_megatron.training.step_plan import plan_step
 from tests.tiny_inputs import WORDS, write_inputs, write_jsonl, write_tokenizer_json
+from tests.unit.test_tokenizer import write_sentencepiece
 
 # Like Qwen's: neighbouring results of tools are one message, which is closed behind the last of them.
 GROUPING = (
@@ -35,6 +36,18 @@ FORGETTING = (
     "{% if m.role != 'assistant' or loop.last %}{{ m.content }} {% endif %}</s> "
     "{% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
 )
+# Like Nemotron's: of what an assistant said the first part is dropped.
+DROPPING = GROUPING.replace("{{ m.role }} {{ m.content }}", "{{ m.role }} {{ m.content.split('plus')[-1] }}")
+# Like those of models that always reason: the generation prompt goes on where a turn does not.
+THINKING = GROUPING.replace("%}assistant {%", "%}assistant tool {%")
+# Like Qwen's and OLMo's: the last message of an assistant is another than the same one earlier.
+LAST = GROUPING.replace(
+    "{{ m.role }} {{ m.content }} </s> ",
+    "{{ m.role }} {% if loop.last and m.role == 'assistant' %}tool {{ m.content }} <unk> {% else %}"
+    "{{ m.content }} </s> {% endif %}",
+)
+# Like Phi-3's: it knows no tools.
+DEAF = GROUPING.replace("result {{ m.content }}", "")
 ALL = [*WORDS, "user", "assistant", "result", "tool"]
 CALLS = [
     {"role": "assistant", "content": "one plus"},
@@ -51,16 +64,17 @@ def tokenizer_with(directory: Path, template: str | None) -> Tokenizer:
     return load_tokenizer(directory / "student")
 
 
-def test_tokens_of_others_are_masked(tmp_path: Path) -> None:
-    tokenizer = tokenizer_with(tmp_path, GROUPING)
+@pytest.mark.parametrize("template", [GROUPING, LAST])
+def test_tokens_of_others_are_masked(tmp_path: Path, template: str) -> None:
+    tokenizer = tokenizer_with(tmp_path, template)
     ids, own = encode_turns(tokenizer, QUESTION, CALLS, "here")
     # From behind the generation prompt to the end of sequence, twice; nothing behind the last one.
     words = "one plus </s> user result two result three </s> assistant is three </s>"
     assert " ".join(ALL[token] for token in ids) == words
     assert own == [True] * 3 + [False] * 7 + [True] * 3
-    # Prompt and response together are the whole conversation.
-    whole = tokenizer.encode_text(str(tokenizer.render([*QUESTION, *CALLS], generation_prompt=False)))
-    assert [*tokenizer.encode_messages(QUESTION), *ids] == whole
+    # Prompt and response together are the conversation that a further message would follow.
+    both = [*tokenizer.encode_messages(QUESTION), *ids]
+    assert tokenizer.encode_messages([*QUESTION, *CALLS, *QUESTION])[: len(both)] == both
 
 
 def test_a_single_turn_is_a_solution(tmp_path: Path) -> None:
@@ -70,7 +84,7 @@ def test_a_single_turn_is_a_solution(tmp_path: Path) -> None:
 
 
 def test_a_template_without_an_end_of_sequence(tmp_path: Path) -> None:
-    """The last turn is closed, as a solution is; before, there is nothing to close."""
+    """The last turn is closed, as a solution is; before, there is nothing to close and nothing of it is trained on."""
     bare = (
         "{% for m in messages %}{% if m.role == 'assistant' %}assistant {% endif %}{{ m.content }} {% endfor %}"
         "{% if add_generation_prompt %}assistant {% endif %}"
@@ -81,13 +95,40 @@ def test_a_template_without_an_end_of_sequence(tmp_path: Path) -> None:
     assert own == [True, True, False, False, True, True, True]
 
 
+def test_sentencepiece_has_the_tokens_of_a_solution(tmp_path: Path) -> None:
+    """Llama-2's template puts spaces around a turn: they are not the assistant's, in neither path."""
+    pieces = write_sentencepiece(tmp_path / "pieces")
+    (pieces / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% if m.role == 'assistant' %}{{ ' ' + m.content + ' ' + eos_token }}"
+        "{% else %}{{ bos_token + '[INST] ' + m.content + ' [/INST]' }}{% endif %}{% endfor %}"
+    )
+    tokenizer = load_tokenizer(pieces)
+    first, second = "one plus two", "three"
+    turns = [turn("assistant", first), turn("user", "tell me"), turn("assistant", second)]
+    ids, own = encode_turns(tokenizer, QUESTION, turns, "here")
+    trained = [token for token, is_own in zip(ids, own, strict=True) if is_own]
+    solutions = [[*tokenizer.encode_text(text), tokenizer.eos_ids[0]] for text in (first, second)]
+    assert trained == solutions[0] + solutions[1]
+    masked = [token for token, is_own in zip(ids, own, strict=True) if not is_own]
+    assert masked == tokenizer.encode_text("<s>[INST] tell me [/INST]")
+
+
 @pytest.mark.parametrize(
     ("template", "message"),
     [
         (None, "here: turns: need a chat template; use a solution, or add a template"),
         (FORGETTING,
-         'here: turns = "tool": the chat template changes earlier turns when this one follows (it may drop their '
-         "reasoning); remove these turns, or use a template that only appends"),
+         "here: turns[0]: the chat template does not append this turn as it is to what it wrote before (it may drop "
+         "reasoning, or write its own); remove these turns, or use a template that only appends"),
+        (DEAF,
+         'here: turns = "tool": the chat template leaves out what this role says; give these turns another role, or '
+         "use another template"),
+        (DROPPING,
+         "here: turns[0]: the chat template does not append this turn as it is to what it wrote before (it may drop "
+         "reasoning, or write its own); remove these turns, or use a template that only appends"),
+        (THINKING,
+         "here: turns[0]: the chat template does not append this turn as it is to what it wrote before (it may drop "
+         "reasoning, or write its own); remove these turns, or use a template that only appends"),
     ],
 )  # fmt: skip
 def test_templates_that_cannot_tell(tmp_path: Path, template: str | None, message: str) -> None:

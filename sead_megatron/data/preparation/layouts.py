@@ -69,7 +69,10 @@ def detect_columns(row: Mapping[str, object], where: str, chosen: Mapping[str, s
                 f"is no column of {where}; there are {_names(row)}",
                 "name one of them",
             )
-        found[role] = name or next((candidate for candidate in candidates if _has(row, candidate)), None)
+        usable = [candidate for candidate in candidates if _has(row, candidate)]
+        if role == "turns":  # not a count of them, for example
+            usable = [candidate for candidate in usable if _is_conversation(_get(row, candidate))]
+        found[role] = name or next(iter(usable), None)
     prompt = found.pop("prompt")
     if prompt is None:
         wanted = alternatives(DETECTED["prompt"])
@@ -94,18 +97,20 @@ def read_example(
     """
     messages = _messages(_get(row, columns.prompt), f"{where}: {columns.prompt}")
     solution = _text(row, columns.solution, where)
-    turns = None
+    turns, place, first = None, f"{where}: {columns.turns}", 0
     if columns.turns is not None and _get(row, columns.turns) is not None:
-        turns = _messages(_get(row, columns.turns), f"{where}: {columns.turns}")
+        turns = _messages(_get(row, columns.turns), place, "--turns-column")
     if messages[-1]["role"] == "assistant" and assistant_turn != "refuse":
         own = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        first = own[-1] if assistant_turn == "solution" else own[0]
-        messages, taken = messages[:first], messages[first:]
+        cut = own[-1] if assistant_turn == "solution" else own[0]
+        messages, taken = messages[:cut], messages[cut:]
         if assistant_turn == "solution":
             solution = taken[0]["content"]
         else:
-            turns = taken
-    _check_turns(messages, turns, where, columns)
+            turns, place, first = taken, f"{where}: {columns.prompt}", cut
+    before = _check_prompt(messages, f"{where}: {columns.prompt}")
+    if turns is not None:
+        _check_turns(turns, before, place, first)
     answer = _text(row, columns.answer, where)
     if answer is not None and _GSM8K_MARK in answer:
         worked, _, answer = answer.rpartition(_GSM8K_MARK)
@@ -135,7 +140,14 @@ def _check_unicode(example: Example, where: str) -> None:
             ) from error
 
 
-def _messages(value: object, where: str) -> list[dict[str, str]]:
+def _is_conversation(value: object) -> bool:
+    """Nothing counts: a later row may have one."""
+    if value is None:
+        return True
+    return isinstance(value, list) and all(isinstance(turn, Mapping) and "role" in turn for turn in value)
+
+
+def _messages(value: object, where: str, option: str = "--prompt-column") -> list[dict[str, str]]:
     if isinstance(value, str):
         if not value.strip():
             raise UserError(where, value, "must not be empty", "correct the row, or --skip-malformed")
@@ -145,7 +157,7 @@ def _messages(value: object, where: str) -> list[dict[str, str]]:
             where,
             value,
             "must be text or a list of messages",
-            "name another --prompt-column, or --skip-malformed",
+            f"name another {option}, or --skip-malformed",
         )
     return [_message(message, f"{where}[{index}]") for index, message in enumerate(value)]
 
@@ -167,28 +179,30 @@ def _message(message: object, where: str) -> dict[str, str]:
     return {"role": kept["role"], "content": kept["content"]}
 
 
-def _check_turns(
-    messages: list[dict[str, str]], turns: list[dict[str, str]] | None, where: str, columns: Columns
-) -> None:
-    """Who speaks after whom, in the prompt and in the turns that follow it."""
-    before = _check_order(messages, "", f"{where}: {columns.prompt}")
+def _check_prompt(messages: list[dict[str, str]], where: str) -> str:
+    """The role of the last message, which somebody else than the student says."""
+    before = _check_order(messages, "", where)
     if before not in ("user", "tool"):
         raise UserError(
-            f"{where}: {columns.prompt}",
+            where,
             f"ends with {before or 'nothing'}",
             "the student answers the last message, which is the user's or a tool's",
             "use --assistant-turn solution or turns, name another --prompt-column, or --skip-malformed",
         )
-    place = f"{where}: {columns.turns or columns.prompt}"
-    if turns is not None and _check_order(turns, before, place) != "assistant":
+    return before
+
+
+def _check_turns(turns: list[dict[str, str]], before: str, where: str, first: int) -> None:
+    """They follow a prompt whose last message is `before`'s; in the row they are numbered from `first`."""
+    if _check_order(turns, before, where, first) != "assistant":
         raise UserError(
-            place, f"ends with {turns[-1]['role']}", "the last turn is the assistant's", "correct the row"
+            where, f"ends with {turns[-1]['role']}", "the last turn is the assistant's", "correct the row"
         )
 
 
-def _check_order(messages: list[dict[str, str]], before: str, where: str) -> str:
-    """The role of the last message."""
-    for index, message in enumerate(messages):
+def _check_order(messages: list[dict[str, str]], before: str, where: str, first: int = 0) -> str:
+    """The role of the last message, when each may follow the one before."""
+    for index, message in enumerate(messages, first):
         if message["role"] not in _FOLLOWS[before]:
             raise UserError(
                 f"{where}[{index}].role",

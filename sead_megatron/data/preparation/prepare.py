@@ -174,7 +174,8 @@ def _read(source: Source, options: Options, advance: Advance) -> tuple[list[Entr
             said = str(error).replace(row.where, row.place)
             malformed.append(Removal(row.place, None, "malformed", error=said))
             continue
-        text = problem_text(example.messages)
+        # Of a conversation all that is asked; its last answer is not compared, as a solution is not.
+        text = problem_text([*example.messages, *(example.turns or ())[:-1]])
         row_id = example.id or f"{PurePosixPath(row.file).stem}-{row.number}"
         problem = Problem(canonical_tokens(text), example.answer)
         entries.append(Entry(row.where, row.place, row_id, example, text, problem))
