@@ -77,8 +77,7 @@ def markdown(result: dict[str, Any]) -> str:
     ]
     for vocabulary, shares in _by_vocabulary(result).items():
         lines += _table(vocabulary, shares, result["cases"][0]["shape"])
-    if pointwise := result.get("pointwise"):  # younger than the committed results
-        lines += _pointwise_table(pointwise)
+    lines += _pointwise_table(result["pointwise"])
     fits = [f"{what} {fit['exponent']:.2f}" for what, fit in result["growth"].items()]
     lines.append(f"Exponent of the growth of `split_kl cpu` with: {', '.join(fits)}.")
     return "\n".join(lines) + "\n"
