@@ -170,7 +170,7 @@ class Trainer:
             return table
         topk = max(self.job.objective.topk_lists, self.config.metrics.topk_lists)
         # Fixed responses have their own targets.
-        argmax = self.job.objective.teacher_argmax and table.rollout_logprob is not None
+        argmax = self.job.objective.teacher_argmax and not self.is_fixed_batch()
         columns = self.job.models.student.token_stats(plan, scores, topk, teacher_argmax=argmax)
         stay = ["teacher_entropy", "teacher_logprob"]
         if not self.job.objective.uses_trainer_entropy:

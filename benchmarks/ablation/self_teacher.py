@@ -21,6 +21,8 @@ from torch import Tensor
 from train_pair import encode_prompt
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from sead_megatron.data.prompts import read_prompts
+
 KINDS = ("same step", "other step", "elsewhere")
 STEPS = (1, 2, 3)
 """Whose rollouts are looked at: those of the initial student, nearly."""
@@ -87,9 +89,7 @@ def examine(runs: Path, student: Path, prompts: Path) -> dict[str, dict[str, flo
     """
     tokenizer = AutoTokenizer.from_pretrained(student)
     model = LlamaForCausalLM.from_pretrained(student).eval()
-    solutions = {
-        record["id"]: record["solution"] for record in map(json.loads, prompts.read_text().splitlines())
-    }
+    solutions = {prompt.id: prompt.solution or "" for prompt in read_prompts(prompts)}
     found: dict[str, list[dict[str, float]]] = defaultdict(list)
     paths = [path for step in STEPS for path in sorted(runs.glob(f"seed_*/rollouts/step_{step}.jsonl"))]
     for rollout in (json.loads(line) for path in paths for line in path.read_text().splitlines()):

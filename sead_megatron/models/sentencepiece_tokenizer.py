@@ -69,14 +69,14 @@ class SentencePieceTokenizer:
             return [self._bos, *ids] if self._bos is not None and self._add_bos else ids
         return self.encode_text(text)
 
-    def render(self, messages: Sequence[dict[str, str]], *, generation_prompt: bool = True) -> str | None:
+    def render(self, messages: Sequence[dict[str, str]]) -> str | None:
         """See `Tokenizer`."""
         if self._template is None:
             return None
         try:
             return self._template.render(
                 messages=list(messages),
-                add_generation_prompt=generation_prompt,
+                add_generation_prompt=True,
                 bos_token=self._special_text.get(self._bos, "") if self._bos is not None else "",
                 eos_token=self._special_text.get(self._eos, "") if self._eos is not None else "",
             )

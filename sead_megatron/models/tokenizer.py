@@ -36,8 +36,8 @@ class Tokenizer(Protocol):
         prompt)."""
         ...
 
-    def render(self, messages: Sequence[dict[str, str]], *, generation_prompt: bool = True) -> str | None:
-        """Text of a conversation by the chat template; None without one."""
+    def render(self, messages: Sequence[dict[str, str]]) -> str | None:
+        """Text of a conversation by the chat template, generation prompt included; None without a template."""
         ...
 
     def encode_text(self, text: str) -> list[int]:
@@ -101,7 +101,7 @@ class HFTokenizer:
         # The template writes its own BOS; encoding must not add a second one.
         return self.encode_text(text)
 
-    def render(self, messages: Sequence[dict[str, str]], *, generation_prompt: bool = True) -> str | None:
+    def render(self, messages: Sequence[dict[str, str]]) -> str | None:
         """See `Tokenizer`."""
         if not self._has_template:
             return None
@@ -110,7 +110,7 @@ class HFTokenizer:
         try:
             return str(
                 self._tokenizer.apply_chat_template(
-                    list(messages), add_generation_prompt=generation_prompt, tokenize=False
+                    list(messages), add_generation_prompt=True, tokenize=False
                 )
             )
         except TemplateError as error:

@@ -128,10 +128,8 @@ def _teacher_argmax(
 ) -> Tensor:
     """`labels` with the teacher's likeliest token on every active row, int64 [R]."""
     active = (weights != 0).any(-1).nonzero()[:, 0]
-    ids = one_model_statistics(teacher_hidden[active], teacher_weight, 1, None, context).topk_ids
-    if ids is None:
-        raise RuntimeError("a statistic that was asked for is missing")
-    return labels.index_copy(0, active, ids[:, 0])
+    teacher = one_model_statistics(teacher_hidden[active], teacher_weight, 1, None, context)
+    return labels.index_copy(0, active, present(teacher.topk_ids)[:, 0])
 
 
 @torch.no_grad()
@@ -188,3 +186,10 @@ def one_model_statistics(
     # Without a token nothing is communicated, on no rank: all of them see the same weights.
     merged = merge_tp(state, context.tp_group) if len(hidden) else state
     return finalize_entropy(merged, context.shard.valid, gather_ids=gather_ids)
+
+
+def present(value: Tensor | None) -> Tensor:
+    """A statistic that was asked for. Raises RuntimeError where it is not there."""
+    if value is None:
+        raise RuntimeError("a statistic that was asked for is missing")
+    return value

@@ -14,7 +14,7 @@ from sead_kernels.split_kl import (
 )
 from torch import Tensor
 
-from sead_megatron.training.token_loss import LossContext, one_model_statistics
+from sead_megatron.training.token_loss import LossContext, one_model_statistics, present
 
 TOPK_COLUMNS = (
     "topk_overlap",
@@ -53,12 +53,12 @@ def topk_columns(
     Costs five passes over an output layer beside the two of `stats`.
     """
     student = one_model_statistics(hidden, weight, topk, None, context)
-    student_ids = _present(student.topk_ids)
+    student_ids = present(student.topk_ids)
     teacher = one_model_statistics(teacher_hidden, teacher_weight, topk, student_ids, context)
-    teacher_ids = _present(teacher.topk_ids)
+    teacher_ids = present(teacher.topk_ids)
     on_teacher_list = one_model_statistics(hidden, weight, 0, teacher_ids, context)
-    log_p = _present(on_teacher_list.support_logprobs)
-    log_q = _present(teacher.topk_logprobs)
+    log_p = present(on_teacher_list.support_logprobs)
+    log_q = present(teacher.topk_logprobs)
     q = log_q.exp()
     head = q.cumsum(1) - q < _HEAD_MASS
     gap_head = ((log_p.exp() - q).abs() * head).sum(1)
@@ -66,10 +66,8 @@ def topk_columns(
     columns = {
         "topk_overlap": topk_overlap(student_ids, teacher_ids),
         "topk_student_mass": support_mass(teacher_ids, log_p),
-        "topk_teacher_mass": support_mass(student_ids, _present(teacher.support_logprobs)),
-        "topk_margin": teachability_margin(
-            _present(student.topk_logprobs), _present(teacher.support_logprobs)
-        ),
+        "topk_teacher_mass": support_mass(student_ids, present(teacher.support_logprobs)),
+        "topk_margin": teachability_margin(present(student.topk_logprobs), present(teacher.support_logprobs)),
         "gap_head": gap_head,
         "gap_tail": (gap - gap_head).clamp_min(0),
     }
@@ -85,8 +83,8 @@ def argmax_columns(
     The arguments are those of `topk_columns`.
     """
     teacher = one_model_statistics(teacher_hidden, teacher_weight, 1, None, context)
-    student = one_model_statistics(hidden, weight, 0, _present(teacher.topk_ids), context)
-    values = (_present(student.support_logprobs), _present(teacher.topk_logprobs))
+    student = one_model_statistics(hidden, weight, 0, present(teacher.topk_ids), context)
+    values = (present(student.support_logprobs), present(teacher.topk_logprobs))
     return {name: value[:, 0].float() for name, value in zip(ARGMAX_COLUMNS, values, strict=True)}
 
 
@@ -111,9 +109,3 @@ def _gap(
         options=context.options,
     )
     return (sum_tp(sums, context.tp_group) if len(hidden) else sums)[-1]
-
-
-def _present(value: Tensor | None) -> Tensor:
-    if value is None:
-        raise RuntimeError("a statistic that was asked for is missing")
-    return value

@@ -95,20 +95,19 @@ def read_example(
     `assistant_turn` takes a last turn of the assistant off and makes it the solution, or everything from its first turn
     on and makes it the turns. Raises UserError, naming `where`, for whatever is not as it should be.
     """
-    messages = _messages(_get(row, columns.prompt), f"{where}: {columns.prompt}")
+    prompt_place = f"{where}: {columns.prompt}"
+    messages = _messages(_get(row, columns.prompt), prompt_place)
     solution = _text(row, columns.solution, where)
     turns, place, first = None, f"{where}: {columns.turns}", 0
     if columns.turns is not None and _get(row, columns.turns) is not None:
         turns = _messages(_get(row, columns.turns), place, "--turns-column")
-    if messages[-1]["role"] == "assistant" and assistant_turn != "refuse":
-        own = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        cut = own[-1] if assistant_turn == "solution" else own[0]
-        messages, taken = messages[:cut], messages[cut:]
-        if assistant_turn == "solution":
-            solution = taken[0]["content"]
-        else:
-            turns, place, first = taken, f"{where}: {columns.prompt}", cut
-    before = _check_prompt(messages, f"{where}: {columns.prompt}")
+    cut = _prompt_length(messages, assistant_turn)
+    messages, taken = messages[:cut], messages[cut:]
+    if taken and assistant_turn == "solution":
+        solution = taken[0]["content"]
+    elif taken:
+        turns, place, first = taken, prompt_place, cut
+    before = _check_prompt(messages, prompt_place)
     if turns is not None:
         _check_turns(turns, before, place, first)
     answer = _text(row, columns.answer, where)
@@ -123,6 +122,15 @@ def read_example(
     )
     _check_unicode(example, where)
     return example
+
+
+def _prompt_length(messages: list[dict[str, str]], assistant_turn: AssistantTurn) -> int:
+    """How many of the messages stay the prompt."""
+    if messages[-1]["role"] != "assistant" or assistant_turn == "refuse":
+        return len(messages)
+    if assistant_turn == "solution":
+        return len(messages) - 1
+    return next(index for index, message in enumerate(messages) if message["role"] == "assistant")
 
 
 def _check_unicode(example: Example, where: str) -> None:
