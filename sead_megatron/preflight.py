@@ -38,6 +38,7 @@ from sead_megatron.requirements import (
     check_installed,
 )
 from sead_megatron.resources import check_disk, check_memory
+from sead_megatron.rollout.environment import check_environment
 from sead_megatron.run_directory import RunDirectory
 from sead_megatron.training.cached_responses import CachedResponses
 from sead_megatron.training.checkpoint_files import check_checkpoint, checkpoint_path, checkpoint_steps
@@ -77,6 +78,8 @@ def _check_machine(config: TrainConfig, local_world_size: int) -> None:
                 f"must be at most the visible GPUs ({gpus})",
                 f"use {gpus}",
             )
+    if config.loads_engine:
+        check_environment()
     engine = [VLLM if config.device == "cuda" else VLLM_ON_CPU] if config.loads_engine else []
     requirements = [MEGATRON, *engine]
     teacher = config.precision.teacher if config.teachers else None

@@ -45,6 +45,7 @@ _MAY_CHANGE = (
     "reference.parallel.",
     "rollout.tensor_parallel",
     "rollout.gpu_memory_utilization",
+    "rollout.async_scheduling",
     "rollout.kv_cache_gib",
     "rollout.sync_bucket_mib",
     "batch.",

@@ -31,7 +31,7 @@ esac
 
 # Megatron overlaps its tensor-parallel collectives with GEMMs only when kernels start in the order they were issued.
 export CUDA_DEVICE_MAX_CONNECTIONS=1
-# Not PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True: vLLM's sleep mode refuses it.
+# PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True may be set: vLLM turns it off around its own pool (0.32 and 0.33).
 several_nodes=()
 if [ "$nodes" -gt 1 ]; then
   : "${NODE_RANK:?NODE_RANK: the number of this node, from 0}" "${MASTER_ADDR:?MASTER_ADDR: the host of node 0}"

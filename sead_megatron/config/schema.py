@@ -106,6 +106,8 @@ class RolloutConfig(Section):
     distribution then differs from the trainer's: watch `rollout/logprob_diff_mean`."""
     enforce_eager: bool | None = Field(default=None, examples=[True])
     """Do not capture CUDA graphs. Default: true on the CPU, false on CUDA."""
+    async_scheduling: bool | None = Field(default=None, examples=[False])
+    """Plan the next decoding step while the GPU works on this one (CUDA only). Default: as vLLM decides."""
     sync_bucket_mib: PositiveInt = 256
     """Weights are gathered for the engine in buckets of this size, MiB."""
 

@@ -19,10 +19,16 @@ from sead_megatron.config import RolloutConfig
 from sead_megatron.parallel.groups import group_of_this_rank
 from sead_megatron.parallel.layout import Layout
 from sead_megatron.rollout import vllm_patches
-from sead_megatron.rollout.sampler_tap import LSE, LSE_SAMPLED, LSE_SCORED, RECORDER, REQUEST_KEY, SamplerTap
-
-GIB = 1 << 30
-_CPU_BATCHED_TOKENS = 4096
+from sead_megatron.rollout.engine_setup import engine_options, inspect_setup
+from sead_megatron.rollout.tap_recorder import (
+    ENTROPY,
+    LSE,
+    LSE_SAMPLED,
+    LSE_SCORED,
+    RECORDER,
+    REQUEST_KEY,
+    TappedRows,
+)
 
 
 @dataclass(frozen=True)
@@ -81,44 +87,20 @@ class RolloutEngine:
         self._rank = dist.get_rank()
         self._tp_group = group_of_this_rank(self.layout.tensor_groups())
         self.weight_version = -1
-        device_options: dict[str, Any] = {}
         if on_cpu:
             # MASTER_PORT and the launcher's process are equal on all ranks of a job and unique to it.
             job = f"sead{os.environ.get('MASTER_PORT', '0')}-{os.getppid()}-"
             vllm_patches.unique_shared_memory_names(job, is_cleaner=os.environ.get("LOCAL_RANK", "0") == "0")
-            # A prompt prefilled in pieces rewinds its request's generator, which CPU generators cannot (vllm 0.32.0:
-            # "CPU Generator does not use offset").
-            device_options = {
-                "enable_chunked_prefill": False,
-                "max_num_batched_tokens": max(config.max_model_len, _CPU_BATCHED_TOKENS),
-            }
-        else:
-            device_options = {
-                "gpu_memory_utilization": config.gpu_memory_utilization,
-                "enable_sleep_mode": True,
-                "quantization": None if config.quantization == "none" else config.quantization,
-            }
         vllm_patches.know_nemotron_nas()
-        eager = on_cpu if config.enforce_eager is None else config.enforce_eager
-        if config.kv_cache_gib is not None:
-            device_options["kv_cache_memory_bytes"] = int(config.kv_cache_gib * GIB)
-        self._llm = LLM(
-            model=str(model_directory),
-            load_format="dummy",
-            skip_tokenizer_init=True,
-            generation_config="vllm",
-            distributed_executor_backend="external_launcher",
-            tensor_parallel_size=config.tensor_parallel,
+        options = engine_options(
+            config,
+            model_directory,
             dtype=dtype,
-            enforce_eager=eager,
-            max_model_len=config.max_model_len,
-            max_num_seqs=config.max_num_seqs,
+            on_cpu=on_cpu,
             seed=seed + self.layout.dp_rank(self._rank),
-            logprobs_mode="raw_logprobs",
-            logits_processors=[SamplerTap],
-            disable_log_stats=True,
-            **device_options,
         )
+        self.setup = inspect_setup(options)
+        self._llm = LLM(**options, logits_processors=[self.setup.tap])
         vllm_patches.keep_trainer_world()
 
     @property
@@ -187,10 +169,11 @@ class RolloutEngine:
             for i, seed in enumerate(seeds)
         ]
         # Seeded requests draw from their own generators, yet generate() advances torch's global one too.
-        with torch.random.fork_rng(devices=[] if self._on_cpu else None):
+        # By default fork_rng would save the generators of every GPU that it sees, and open a context on each.
+        with torch.random.fork_rng(devices=[] if self._on_cpu else [torch.cuda.current_device()]):
             outputs = self._llm.generate(requests, params, use_tqdm=False)
-        tapped = RECORDER.rows_by_request()
-        return [self._generation(output, tapped.get(i), sampling) for i, output in enumerate(outputs)]
+        tapped = self._tapped_rows()
+        return [self._generation(i, output, tapped, sampling) for i, output in enumerate(outputs)]
 
     def sleep(self) -> None:
         """Frees weights and KV cache between rollouts (CUDA only)."""
@@ -211,15 +194,19 @@ class RolloutEngine:
         """Shuts the engine down while the process groups that it made can still be destroyed."""
         self._llm.llm_engine.engine_core.shutdown()
 
-    def _generation(self, output: Any, tapped: np.ndarray | None, sampling: Sampling) -> Generation:
+    def _tapped_rows(self) -> TappedRows:
+        """Rows of all requests of a call, on every rank of the engine."""
+        mine = RECORDER.rows()
+        if not self.setup.deals_rows:
+            return mine
+        parts = [mine] * self.layout.tensor
+        dist.all_gather_object(parts, mine, group=self._tp_group)
+        return TappedRows.merged(parts)
+
+    def _generation(self, request: int, output: Any, tapped: TappedRows, sampling: Sampling) -> Generation:
         completion = output.outputs[0]
         token_ids = np.asarray(completion.token_ids, dtype=np.int32)
-        if tapped is None:
-            tapped = np.zeros((0, 4), dtype=np.float32)
-        if len(tapped) != len(token_ids):
-            raise RuntimeError(
-                f"the sampler tap saw {len(tapped)} positions of a response of {len(token_ids)} tokens"
-            )
+        rows = tapped.of_response(request, len(token_ids))
         raw = np.asarray(
             [
                 step[token].logprob
@@ -227,13 +214,13 @@ class RolloutEngine:
             ],
             dtype=np.float64,
         )
-        logits = raw + tapped[:, LSE]
+        logits = raw + rows[:, LSE]
         sampling_temperature = sampling.temperature or 1.0
         return Generation(
             token_ids=token_ids,
-            sampling_logprobs=(logits / sampling_temperature - tapped[:, LSE_SAMPLED]).astype(np.float32),
-            logprobs=(logits / self._scored_temperature - tapped[:, LSE_SCORED]).astype(np.float32),
-            entropies=tapped[:, 0].astype(np.float32),
+            sampling_logprobs=(logits / sampling_temperature - rows[:, LSE_SAMPLED]).astype(np.float32),
+            logprobs=(logits / self._scored_temperature - rows[:, LSE_SCORED]).astype(np.float32),
+            entropies=rows[:, ENTROPY].astype(np.float32),
             finished=completion.finish_reason == "stop",
         )
 

@@ -6,6 +6,20 @@ import logging
 import os
 import warnings
 
+from sead_megatron.errors import UserError
+
+
+def check_environment() -> None:
+    """Raises UserError for variables that break the in-process engine."""
+    name = "VLLM_ENABLE_V1_MULTIPROCESSING"
+    if (value := os.environ.get(name, "0")) != "0":
+        raise UserError(
+            name,
+            value,
+            "must be 0: the engine would run in a child process, where the student's weights cannot reach it",
+            f"unset {name}",
+        )
+
 
 def prepare_environment(*, on_cpu: bool) -> None:
     """Sets defaults that the in-process engine needs; a value that the user has set wins.

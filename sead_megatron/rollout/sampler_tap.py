@@ -2,6 +2,9 @@
 
 Rollouts are sampled with the very weights that are about to be updated. A logits processor sees the float32
 logits of every sampled position before temperature, hence the exact entropy of the student at every token.
+
+vLLM has two model runners with an interface each (0.32 and 0.33): V2 is the default wherever Triton works, V1 what is
+left on the CPU. `vllm_engine.choose_tap` picks the class that fits.
 """
 
 from __future__ import annotations
@@ -13,57 +16,56 @@ import torch
 from torch import Tensor
 from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirectionality
+from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as LogitsProcessorV2
 
-REQUEST_KEY = "sead_request"
-
-# The columns kept per sampled token.
-ENTROPY, LSE, LSE_SCORED, LSE_SAMPLED = range(4)
+from sead_megatron.rollout.tap_recorder import NOBODY, RECORDER, REQUEST_KEY
 
 
-class _Recorder:
-    """Per-token rows of the tapped requests. One engine a process, hence one recorder a process."""
-
-    def __init__(self) -> None:
-        self.scored_temperature = 1.0
-        self.sampling_temperature = 1.0
-        self._chunks: list[tuple[list[tuple[int, int]], Tensor]] = []
-
-    def start(self, scored_temperature: float, sampling_temperature: float) -> None:
-        """Forgets earlier rows; sets the temperatures of the loss and of the sampler."""
-        self.scored_temperature = scored_temperature
-        self.sampling_temperature = sampling_temperature
-        self._chunks = []
-
-    def record(self, positions: list[tuple[int, int]], rows: Tensor) -> None:
-        """Keeps rows [len(positions), 4] of (request, response position) on their device, without synchronising."""
-        self._chunks.append((positions, rows))
-
-    def rows_by_request(self) -> dict[int, np.ndarray]:
-        """Request id -> float32 [tokens, 4] in sampling order.
-
-        vLLM also samples, and throws away, a token after each chunk of a prompt that it prefills in pieces: of
-        several rows for one position the last is the one that counts.
-        """
-        if not self._chunks:
-            return {}
-        rows = torch.cat([rows for _, rows in self._chunks]).cpu().numpy()
-        last = {
-            position: i for i, position in enumerate(p for positions, _ in self._chunks for p in positions)
-        }
-        by_request: dict[int, list[int]] = {}
-        for (request, _), i in sorted(last.items()):
-            by_request.setdefault(request, []).append(i)
-        return {request: rows[indices] for request, indices in by_request.items()}
+def _request_of(params: Any) -> int:
+    """The number of a request that asks to be tapped, else `NOBODY`."""
+    return int((params.extra_args or {}).get(REQUEST_KEY, NOBODY))
 
 
-RECORDER = _Recorder()
+class SamplerTapV2(LogitsProcessorV2):
+    """Records the statistics of each sampled position, for vLLM's model runner V2. The logits pass unchanged.
 
-
-class SamplerTap(LogitsProcessor):
-    """Records entropy and log-sum-exps of each sampled position of the requests that ask for it.
-
-    A request asks with `SamplingParams(extra_args={REQUEST_KEY: i})`. The logits pass unchanged.
+    A request lives in a slot, from `add_request` until the slot is given to another one. The rows of a batch are in
+    any order, and name their slots.
     """
+
+    def __init__(self, vllm_config: Any, req_states: Any) -> None:
+        self._prompt_lengths = req_states.prompt_len
+        self._prefill_lengths = req_states.prefill_len
+        self._request_of_slot = np.full(req_states.max_num_reqs, NOBODY, dtype=np.int64)
+
+    def add_request(self, req_idx: int, sampling_params: Any) -> bool:
+        """Takes note of a slot's new request; True when it is tapped: vLLM skips `apply` for batches without any."""
+        self._request_of_slot[req_idx] = request = _request_of(sampling_params)
+        return request != NOBODY
+
+    def apply(self, logits: Tensor, ctx: Any) -> Tensor:
+        """`logits`: float32 [rows, vocabulary], before temperature; one row a request.
+
+        Positions follow from lengths that the host knows, so nothing waits for the device; they are exact without
+        speculative decoding. Raises RuntimeError when a request has several rows: that is speculative decoding.
+        """
+        slots = ctx.idx_mapping_np
+        if len(logits) != len(slots):
+            raise RuntimeError(
+                f"the sampler tap was given {len(logits)} rows of {len(slots)} requests: speculative decoding is on"
+            )
+        # Tokens that the row has seen; beyond the requests the array is padding.
+        lengths = ctx.seq_lens_upper_bound_np[: len(slots)].astype(np.int64)
+        positions = lengths - self._prompt_lengths.np[slots]
+        # A row that ends inside of what is prefilled (the prompt; after a preemption the response so far too) samples
+        # nothing that counts.
+        positions[lengths < self._prefill_lengths.np[slots]] = NOBODY
+        RECORDER.record(self._request_of_slot[slots], positions, logits)
+        return logits
+
+
+class SamplerTapV1(LogitsProcessor):
+    """Records the statistics of each sampled position, for vLLM's model runner V1. The logits pass unchanged."""
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
         # Batch row -> (request, its response so far: a list that vLLM goes on appending to).
@@ -82,8 +84,8 @@ class SamplerTap(LogitsProcessor):
             rows.pop(row, None)
         for row, params, _, response in batch_update.added:
             rows.pop(row, None)
-            request = (params.extra_args or {}).get(REQUEST_KEY)
-            if request is not None:
+            request = _request_of(params)
+            if request != NOBODY:
                 rows[row] = (request, response)
         for source, target, direction in batch_update.moved:
             moved, displaced = rows.pop(source, None), rows.pop(target, None)
@@ -94,23 +96,10 @@ class SamplerTap(LogitsProcessor):
 
     def apply(self, logits: Tensor) -> Tensor:
         """`logits`: float32 [batch rows, vocabulary], before temperature."""
-        tapped = sorted(row for row in self._request_of_row if row < logits.shape[0])
-        if tapped:
-            rows = _statistics(logits[tapped], RECORDER.scored_temperature, RECORDER.sampling_temperature)
-            requests = (self._request_of_row[row] for row in tapped)
-            RECORDER.record([(request, len(response)) for request, response in requests], rows)
+        requests = np.full(len(logits), NOBODY, dtype=np.int64)
+        positions = np.full(len(logits), NOBODY, dtype=np.int64)
+        for row, (request, response) in self._request_of_row.items():
+            if row < len(logits):
+                requests[row], positions[row] = request, len(response)
+        RECORDER.record(requests, positions, logits)
         return logits
-
-
-def _statistics(logits: Tensor, scored_temperature: float, sampling_temperature: float) -> Tensor:
-    """[rows, vocabulary] to [rows, 4]: entropy (nats) and lse at the loss' temperature, lse at 1 and at sampling."""
-    lse = logits.logsumexp(-1)
-    if scored_temperature == 1.0:
-        scaled, lse_scored = logits, lse
-    else:
-        scaled = logits / scored_temperature
-        lse_scored = scaled.logsumexp(-1)
-    logprobs = scaled - lse_scored[:, None]
-    entropy = -(logprobs.exp() * logprobs).sum(-1)
-    lse_sampled = (logits / sampling_temperature).logsumexp(-1) if sampling_temperature > 0 else lse
-    return torch.stack([entropy, lse, lse_scored, lse_sampled], dim=-1)

@@ -178,6 +178,7 @@ def build_job(config: TrainConfig, report: Callable[[str], None]) -> Job:
     if config.loads_engine:
         report("starting the rollout engine")
         engine = build_engine(config)
+        report(f"rollout engine: {engine.setup.description}")
     if device.type == "cpu":
         # After the engine, which asks torch about the machine's real devices.
         megatron_on_cpu.install()

@@ -55,6 +55,15 @@ def test_valid_inputs_pass_and_nothing_is_written(inputs: Path) -> None:
     assert sorted(inputs.rglob("*")) == before
 
 
+def test_an_engine_in_a_child_process_is_refused(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A value that the user has set wins over our default, and weights would never arrive."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    assert mistake(inputs) == (
+        'VLLM_ENABLE_V1_MULTIPROCESSING = "1": must be 0: the engine would run in a child process, where the '
+        "student's weights cannot reach it; unset VLLM_ENABLE_V1_MULTIPROCESSING"
+    )
+
+
 # --- weights
 
 

@@ -1,4 +1,5 @@
-"""The sampler tap on hand-made batches: which request stands in which row, and what is recorded of it."""
+"""The sampler tap of vLLM's model runner V1 on hand-made batches: which request stands in which row, and what is
+recorded of it."""
 
 from __future__ import annotations
 
@@ -14,16 +15,17 @@ pytest.importorskip("vllm")
 
 from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirectionality
 
-from sead_megatron.rollout.sampler_tap import RECORDER, REQUEST_KEY, SamplerTap
+from sead_megatron.rollout.sampler_tap import SamplerTapV1
+from sead_megatron.rollout.tap_recorder import RECORDER, REQUEST_KEY
+from tests.tapped import VOCABULARY, entropy, logits, recorded
 
-VOCABULARY = 32
 ONE_WAY, SWAP = MoveDirectionality.UNIDIRECTIONAL, MoveDirectionality.SWAP
 
 
 @pytest.fixture
-def tap() -> Iterator[SamplerTap]:
+def tap() -> Iterator[SamplerTapV1]:
     RECORDER.start(1.0, 1.0)
-    yield SamplerTap(None, torch.device("cpu"), False)
+    yield SamplerTapV1(None, torch.device("cpu"), False)
     RECORDER.start(1.0, 1.0)
 
 
@@ -34,7 +36,7 @@ def added(row: int, request: int | None, response: list[int]) -> tuple[int, Any,
 
 
 def change(
-    tap: SamplerTap,
+    tap: SamplerTapV1,
     size: int,
     removed: Sequence[int] = (),
     added: Sequence[Any] = (),
@@ -45,23 +47,7 @@ def change(
     )
 
 
-def logits(*values: float) -> torch.Tensor:
-    """One row for each value: that logit for token 0, zeros elsewhere, so the entropy tells the row."""
-    rows = torch.zeros(len(values), VOCABULARY)
-    rows[:, 0] = torch.tensor(values)
-    return rows
-
-
-def entropy(value: float) -> float:
-    logprobs = logits(value).double()[0].log_softmax(-1)
-    return float(-(logprobs.exp() * logprobs).sum())
-
-
-def recorded() -> dict[int, list[float]]:
-    return {request: rows[:, 0].tolist() for request, rows in RECORDER.rows_by_request().items()}
-
-
-def test_the_tap_sees_greedy_requests_and_leaves_logits_alone(tap: SamplerTap) -> None:
+def test_the_tap_sees_greedy_requests_and_leaves_logits_alone(tap: SamplerTapV1) -> None:
     """vLLM skips argmax-invariant processors for greedy requests, so the tap must not call itself one."""
     change(tap, 1, added=[added(0, 5, [])])
     given = torch.randn(1, VOCABULARY)
@@ -71,13 +57,14 @@ def test_the_tap_sees_greedy_requests_and_leaves_logits_alone(tap: SamplerTap) -
 
 
 @pytest.mark.parametrize(("scored", "sampled"), [(1.0, 0.7), (1.3, 0.0), (0.8, 1.0)])
-def test_statistics_against_float64(tap: SamplerTap, scored: float, sampled: float) -> None:
+def test_statistics_against_float64(tap: SamplerTapV1, scored: float, sampled: float) -> None:
     """Entropy and log-sum-exp at the loss' temperature, lse at 1 and at the sampling temperature (1 when greedy)."""
     RECORDER.start(scored, sampled)
     change(tap, 4, added=[added(i, i, []) for i in range(4)])
     given = 4 * torch.randn(4, VOCABULARY, generator=torch.Generator().manual_seed(0))
     tap.apply(given)
-    for request, row in RECORDER.rows_by_request().items():
+    for request in range(4):
+        row = RECORDER.rows().of_response(request, 1)
         exact = given[request].double()
         logprobs = (exact / scored).log_softmax(-1)
         wanted = [
@@ -89,7 +76,7 @@ def test_statistics_against_float64(tap: SamplerTap, scored: float, sampled: flo
         np.testing.assert_allclose(row[0], [float(x) for x in wanted], rtol=1e-6, atol=1e-6)
 
 
-def test_positions_follow_the_response(tap: SamplerTap) -> None:
+def test_positions_follow_the_response(tap: SamplerTapV1) -> None:
     """The row of a step belongs to the position that vLLM's own response list has reached."""
     responses: list[list[int]] = [[], []]
     change(tap, 2, added=[added(0, 10, responses[0]), added(1, 11, responses[1])])
@@ -104,7 +91,7 @@ def test_positions_follow_the_response(tap: SamplerTap) -> None:
     }
 
 
-def test_requests_without_the_key_are_ignored(tap: SamplerTap) -> None:
+def test_requests_without_the_key_are_ignored(tap: SamplerTapV1) -> None:
     """Also when such a request takes the row of a tapped one."""
     change(tap, 2, added=[added(0, None, []), added(1, 4, [])])
     tap.apply(logits(1.0, 2.0))
@@ -113,7 +100,7 @@ def test_requests_without_the_key_are_ignored(tap: SamplerTap) -> None:
     assert recorded() == {4: pytest.approx([entropy(2.0)])}
 
 
-def test_removed_requests_are_forgotten(tap: SamplerTap) -> None:
+def test_removed_requests_are_forgotten(tap: SamplerTapV1) -> None:
     """A finished request's row may still be there when its slot is empty; nothing more is recorded of it."""
     change(tap, 2, added=[added(0, 0, []), added(1, 1, [])])
     tap.apply(logits(1.0, 2.0))
@@ -122,7 +109,7 @@ def test_removed_requests_are_forgotten(tap: SamplerTap) -> None:
     assert recorded() == {0: pytest.approx([entropy(1.5)]), 1: pytest.approx([entropy(2.0)])}
 
 
-def test_an_addition_takes_the_row_of_a_removed_request(tap: SamplerTap) -> None:
+def test_an_addition_takes_the_row_of_a_removed_request(tap: SamplerTapV1) -> None:
     """vLLM reports removals first, then additions into the freed rows."""
     change(tap, 1, added=[added(0, 0, [])])
     tap.apply(logits(1.0))
@@ -131,7 +118,7 @@ def test_an_addition_takes_the_row_of_a_removed_request(tap: SamplerTap) -> None
     assert recorded() == {0: pytest.approx([entropy(1.0)]), 8: pytest.approx([entropy(2.0)])}
 
 
-def test_a_one_way_move_frees_its_source(tap: SamplerTap) -> None:
+def test_a_one_way_move_frees_its_source(tap: SamplerTapV1) -> None:
     """Condensing the batch: the last row moves into a hole, and its old row means nothing any more."""
     change(tap, 3, added=[added(i, i, []) for i in range(3)])
     change(tap, 2, removed=[0], moved=[(2, 0, ONE_WAY)])
@@ -139,7 +126,7 @@ def test_a_one_way_move_frees_its_source(tap: SamplerTap) -> None:
     assert recorded() == {1: pytest.approx([entropy(2.0)]), 2: pytest.approx([entropy(1.0)])}
 
 
-def test_a_one_way_move_of_an_untapped_request_clears_its_target(tap: SamplerTap) -> None:
+def test_a_one_way_move_of_an_untapped_request_clears_its_target(tap: SamplerTapV1) -> None:
     """Otherwise the tapped request that stood there before would be given the other's logits."""
     change(tap, 2, added=[added(0, 0, []), added(1, None, [])])
     change(tap, 1, moved=[(1, 0, ONE_WAY)])
@@ -147,7 +134,7 @@ def test_a_one_way_move_of_an_untapped_request_clears_its_target(tap: SamplerTap
     assert recorded() == {}
 
 
-def test_a_swap_exchanges_rows(tap: SamplerTap) -> None:
+def test_a_swap_exchanges_rows(tap: SamplerTapV1) -> None:
     """Reordering the batch, also with a request that is not tapped."""
     change(tap, 3, added=[added(0, 0, []), added(1, 1, []), added(2, None, [])])
     change(tap, 3, moved=[(0, 1, SWAP), (1, 2, SWAP)])
@@ -155,7 +142,7 @@ def test_a_swap_exchanges_rows(tap: SamplerTap) -> None:
     assert recorded() == {1: pytest.approx([entropy(1.0)]), 0: pytest.approx([entropy(3.0)])}
 
 
-def test_the_last_row_of_a_position_counts(tap: SamplerTap) -> None:
+def test_the_last_row_of_a_position_counts(tap: SamplerTapV1) -> None:
     """A prompt prefilled in pieces is sampled after every piece at response position 0; only the last is kept."""
     response: list[int] = []
     change(tap, 1, added=[added(0, 6, response)])
@@ -167,14 +154,14 @@ def test_the_last_row_of_a_position_counts(tap: SamplerTap) -> None:
     assert recorded() == {6: pytest.approx([entropy(3.0), entropy(4.0)])}
 
 
-def test_rows_beyond_the_batch_are_not_read(tap: SamplerTap) -> None:
+def test_rows_beyond_the_batch_are_not_read(tap: SamplerTapV1) -> None:
     """A step may run a part of the batch; requests that did not run record nothing."""
     change(tap, 2, added=[added(0, 0, []), added(1, 1, [])])
     tap.apply(logits(1.0))
     assert recorded() == {0: pytest.approx([entropy(1.0)])}
 
 
-def test_a_new_call_starts_empty(tap: SamplerTap) -> None:
+def test_a_new_call_starts_empty(tap: SamplerTapV1) -> None:
     """Request ids are reused by the next call of generate."""
     change(tap, 1, added=[added(0, 0, [])])
     tap.apply(logits(1.0))
