@@ -31,7 +31,7 @@ struct Message {
   uint64_t offset, bytes;
 };
 
-constexpr int MAILBOX = 256;  // messages under way between two ranks, before a sender waits
+constexpr int MAILBOX = 4096;  // messages under way between two ranks, before a sender waits
 struct Mailbox {
   std::atomic<uint32_t> sent, received;
   Message messages[MAILBOX];
