@@ -199,3 +199,10 @@ EXPORT E cudaGetDriverEntryPoint(const char* name, void** function, unsigned lon
                                  cudaDriverEntryPointQueryResult* status) {
   return cudaGetDriverEntryPointByVersion(name, function, CUDART_VERSION, flags, status);
 }
+
+// The driver's private tables, by which a statically linked CUDA runtime works (cuda.bindings.runtime). None is played:
+// such a runtime then reports an error from its first call, where success without a table would crash it.
+EXPORT R cuGetExportTable(const void** table, const CUuuid*) {
+  *table = nullptr;
+  return CUDA_ERROR_NOT_FOUND;
+}
