@@ -96,7 +96,7 @@ def test_copies_past_the_end_of_a_block_are_refused() -> None:
 
 def test_fills_of_any_size_and_value() -> None:
     device = allocate(8 * MIB)
-    for value in (5, 0):
+    for value in (9, 0):
         succeed(CUDA.cudaMemset(device, value, ctypes.c_size_t(8 * MIB)))
         inner = ctypes.c_void_p(device.value + 3)
         succeed(CUDA.cudaMemset(inner, 9 - value, ctypes.c_size_t(4 * MIB)))
