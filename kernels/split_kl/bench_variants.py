@@ -20,6 +20,8 @@ from . import (
     split_kl_loss,
 )
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -48,19 +50,20 @@ class Inputs:
     active: Tensor
 
     @classmethod
-    def make(cls, shape: Shape) -> Inputs:
-        generator = torch.Generator().manual_seed(0)
+    def make(cls, shape: Shape, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> Inputs:
+        generator = torch.Generator(device).manual_seed(0)
 
-        def normal(*size: int) -> Tensor:
-            return torch.empty(size).normal_(generator=generator)
+        def normal(*size: int, scale: float = 1.0) -> Tensor:
+            return torch.empty(size, device=device).normal_(generator=generator).mul_(scale).to(dtype)
 
+        stride = shape.tokens // shape.active
         return cls(
             hidden=normal(shape.tokens, shape.width).requires_grad_(),
-            weight=normal(shape.vocabulary, shape.width).mul_(0.1).requires_grad_(),
+            weight=normal(shape.vocabulary, shape.width, scale=0.1).requires_grad_(),
             teacher_hidden=normal(shape.tokens, shape.width),
-            teacher_weight=normal(shape.vocabulary, shape.width).mul_(0.1),
-            labels=torch.randint(0, shape.vocabulary, (shape.tokens,), generator=generator),
-            active=torch.arange(0, shape.tokens, shape.tokens // shape.active)[: shape.active],
+            teacher_weight=normal(shape.vocabulary, shape.width, scale=0.1),
+            labels=torch.randint(0, shape.vocabulary, (shape.tokens,), generator=generator, device=device),
+            active=torch.arange(0, shape.tokens, stride, device=device)[: shape.active],
         )
 
 
@@ -130,7 +133,7 @@ def trl(x: Inputs, options: TileOptions) -> float:
 
 
 def _coefficients(x: Inputs) -> Tensor:
-    coefficients = torch.zeros(x.labels.shape[0], 4)
+    coefficients = torch.zeros(x.labels.shape[0], 4, device=x.labels.device)
     coefficients[x.active, 1] = 1.0
     return coefficients
 
