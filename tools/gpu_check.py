@@ -82,7 +82,7 @@ def run_section(
 ) -> dict[str, Any]:
     """The section's entry in the result. Its process and all that it started are killed after `limit` seconds."""
     command = [sys.executable, "-m", "gpu_checks.worker", section.name, str(directory), device]
-    command.append(str(int(rehearse)))
+    command += [str(int(rehearse)), f"{limit:.1f}"]
     started = time.monotonic()
     log = directory / f"{section.name}.log"
     with (
@@ -105,7 +105,9 @@ def run_section(
     if found.is_file():
         entry |= json.loads(found.read_text())
     if status == "failed" and not entry["failures"]:
-        entry["failures"] = [_last_words(log, process.returncode)]
+        entry["failures"] = [f"exit code {process.returncode}: {last_words(log)}"]
+    elif status == "timed out":
+        entry["failures"].append(f"after {limit:.0f} s: {last_words(log)}")
     return entry
 
 
@@ -116,9 +118,12 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
         return
 
 
-def _last_words(log: Path, code: int) -> str:
+def last_words(log: Path) -> str:
+    """The innermost lines of Python's own traceback of a process that crashed or hangs, or the last lines it wrote."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return f"exit code {code}: {' | '.join(lines[-3:])}"[:1000]
+    innermost = [i for i, line in enumerate(lines) if line.endswith("(most recent call first):")]
+    shown = lines[innermost[-1] :][1:5] if innermost else lines[-3:]
+    return " | ".join(shown)[:1000]
 
 
 def run_all(

@@ -9,6 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+_ATEN = torch.ops.aten
+_COPIES = (_ATEN._to_copy.default, _ATEN._local_scalar_dense.default, _ATEN.clone.default)
 
 
 def install(*, updates: bool) -> None:
@@ -23,6 +28,7 @@ def install(*, updates: bool) -> None:
     cuda_build._NVCC_FLAGS = tuple("shared" if flag == "static" else flag for flag in cuda_build._NVCC_FLAGS)
     api.check_labels = lambda *arguments, **options: None
     _let_nonzero_find_every_second_row()
+    _IntegersOnTheCpu().__enter__()
     if updates:
         from sead_megatron.training.optimizer import StudentOptimizer
 
@@ -39,3 +45,16 @@ def _let_nonzero_find_every_second_row() -> None:
         return nonzero(self, *arguments, **options)
 
     torch.Tensor.nonzero = every_second
+
+
+class _IntegersOnTheCpu(TorchDispatchMode):
+    """Lengths and offsets decide what runs next: what is made of whole numbers alone is computed, on copies."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        whole = bool(given) and all(t.is_cuda and not t.dtype.is_floating_point for t in given)
+        if not whole or func._schema.is_mutable or func.is_view or func in _COPIES:
+            return func(*args, **(kwargs or {}))
+        device = given[0].device
+        args, kwargs = tree_map_only(torch.Tensor, torch.Tensor.cpu, (args, kwargs or {}))
+        return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), func(*args, **kwargs))

@@ -41,12 +41,17 @@ def run(context: Context) -> None:
     write_pair(directory, shape, torch.float32, torch.device("cpu"))
     command = [sys.executable, "-m", "gpu_checks.step", str(directory), "cpu", str(int(context.on_gpu))]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "4" if context.on_gpu else "1"}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as other:
-        ours = one_step(directory, load, context.device)
-        _, errors = other.communicate()
-    if other.returncode:
-        last = [line for line in errors.splitlines() if line.strip()][-3:]
-        raise RuntimeError(f"the CPU's side ended with exit code {other.returncode}: {' | '.join(last)}")
+    log = directory / "cpu.log"
+    with log.open("w") as output:
+        other = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+        try:
+            ours = one_step(directory, load, context.device)
+            code = other.wait()
+        finally:
+            other.kill()
+    if code:
+        last = [line for line in log.read_text().splitlines() if line.strip()][-3:]
+        raise RuntimeError(f"the CPU's side ended with exit code {code}: {' | '.join(last)}")
     compare(context.report, ours, torch.load(directory / "step_cpu.pt"))
 
 

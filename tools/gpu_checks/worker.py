@@ -1,10 +1,12 @@
-"""Runs one section: `python -m gpu_checks.worker NAME DIRECTORY DEVICE REHEARSE`, started by `tools/gpu_check.py`.
+"""Runs one section: `python -m gpu_checks.worker NAME DIRECTORY DEVICE REHEARSE LIMIT`, started by
+`tools/gpu_check.py`, which kills it after LIMIT seconds.
 
 DIRECTORY/NAME.json holds what was found. Exit code 0: nothing failed; 1: something did; 3: skipped.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import json
 import sys
@@ -17,8 +19,11 @@ from gpu_checks.report import Context, Report, SkippedError
 SKIPPED = 3
 
 
-def main(name: str, directory: str, device: str, rehearse: str) -> int:
+def main(name: str, directory: str, device: str, rehearse: str, limit: str) -> int:
     """The exit code."""
+    faulthandler.enable()
+    # Shortly before it is killed: where it hangs.
+    faulthandler.dump_traceback_later(0.9 * float(limit))
     if int(rehearse):
         from gpu_checks import rehearsal
 
