@@ -69,7 +69,7 @@ def missing(versions: Mapping[str, str]) -> str | None:
     for name, modules in STACK.items():
         if name not in versions:
             return (
-                f"{modules[0].partition('.')[0]}: not installed; use the image that docker/Dockerfile builds"
+                f"{modules[0].partition('.')[0]}: not installed; use the image that the Dockerfile builds"
             )
     return None
 
@@ -122,7 +122,7 @@ def wrong_versions(
     if problem := missing(versions):
         return problem
     if constraints is None:
-        return "PIP_CONSTRAINT: names no file, so torch may have been replaced; use docker/Dockerfile"
+        return "PIP_CONSTRAINT: names no file, so torch may have been replaced; use the Dockerfile"
     if problem := changed(constraints, versions):
         return problem
     if python != PYTHON:

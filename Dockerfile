@@ -1,11 +1,12 @@
 # syntax=docker/dockerfile:1
-# Megatron-core, Transformer Engine, apex and vLLM on one torch: the base image's. docs/container.md gives the
-# reasons for every pin and says what was checked. From the root of the repository:
+# Megatron-core, Transformer Engine, apex and vLLM on one torch: the base image's. NEVER BUILT: docs/container.md gives
+# the reasons for every pin and says what was checked. From the root of the repository:
 #
-#     docker build --file docker/Dockerfile --tag sead_megatron .
+#     docker build --tag sead_megatron .
 #
 # BASE_IMAGE and VLLM_VERSION move together: vLLM is written for one minor version of torch (VLLM_TORCH in
-# docker/self_check.py).
+# docker/self_check.py). vLLM 0.32 with torch 2.13, and Megatron-core and ModelOpt in these versions, are what the
+# rehearsal without a GPU runs; Transformer Engine is the image's own, older than the rehearsal's.
 ARG BASE_IMAGE=nvcr.io/nvidia/pytorch:26.07-py3
 
 # --- what the image holds becomes the constraint of every later install
@@ -45,6 +46,8 @@ RUN VLLM_TARGET_DEVICE=cuda VLLM_VERSION_OVERRIDE="${VLLM_VERSION}" VLLM_REQUIRE
 
 FROM stack AS final
 ARG MEGATRON_CORE_VERSION=0.19.2
+# For precision.teacher: modelopt_fp8.
+ARG MODELOPT_VERSION=0.47.0
 WORKDIR /workspace/sead_megatron
 COPY pyproject.toml README.md LICENSE ./
 # One resolution of all requirements, vLLM's and ours; then the packages they belong to, without dependencies.
@@ -52,7 +55,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     --mount=type=bind,from=vllm,source=/src/vllm/requirements,target=/tmp/vllm/requirements \
     --mount=type=bind,from=vllm,source=/wheels,target=/tmp/vllm/wheels \
     python /opt/sead/image_stack.py dependencies pyproject.toml > /opt/sead/requirements.txt \
- && python -m pip install "megatron-core==${MEGATRON_CORE_VERSION}" \
+ && python -m pip install "megatron-core==${MEGATRON_CORE_VERSION}" "nvidia-modelopt==${MODELOPT_VERSION}" \
     -r /opt/sead/requirements.txt -r /tmp/vllm/requirements/cuda.txt \
  && python -m pip install --no-deps /tmp/vllm/wheels/vllm-*.whl
 COPY --from=vllm /src/vllm_commit /opt/sead/vllm_commit
