@@ -68,9 +68,7 @@ def missing(versions: Mapping[str, str]) -> str | None:
     """The first distribution of STACK that is not installed."""
     for name, modules in STACK.items():
         if name not in versions:
-            return (
-                f"{modules[0].partition('.')[0]}: not installed; use the image that the Dockerfile builds"
-            )
+            return f"{modules[0].partition('.')[0]}: not installed; use the image that the Dockerfile builds"
     return None
 
 

@@ -1,4 +1,4 @@
-"""Dockerfile and docker/: the constraint keeps the image's torch, the self-check names what is wrong, the Dockerfile uses both.
+"""Dockerfile and docker/: the constraint keeps the image's torch, the self-check names what is wrong, both are used.
 
 The image itself cannot be built here (docs/container.md); everything in it that is not a download is run.
 """
@@ -101,9 +101,7 @@ def test_base_images_that_do_not_fit(name: str, version: str, message: str) -> N
 def test_another_python_and_no_record_of_the_image() -> None:
     assert wrong(python=(3, 13)) == "python = 3.13: the image is made for 3.12"
     unrecorded = self_check.wrong_versions(GOOD, None, REQUIREMENTS, (3, 12))
-    assert (
-        unrecorded == "PIP_CONSTRAINT: names no file, so torch may have been replaced; use the Dockerfile"
-    )
+    assert unrecorded == "PIP_CONSTRAINT: names no file, so torch may have been replaced; use the Dockerfile"
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,13 @@ class _IntegersOnTheCpu(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         whole = bool(given) and all(t.is_cuda and not t.dtype.is_floating_point for t in given)
-        if not whole or func._schema.is_mutable or func.is_view or func in _COPIES:
+        if (
+            not whole
+            or func.namespace != "aten"
+            or func._schema.is_mutable
+            or func.is_view
+            or func in _COPIES
+        ):
             return func(*args, **(kwargs or {}))
         device = given[0].device
         args, kwargs = tree_map_only(torch.Tensor, torch.Tensor.cpu, (args, kwargs or {}))
