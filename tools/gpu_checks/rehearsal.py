@@ -19,7 +19,7 @@ _COPIES = (_ATEN._to_copy.default, _ATEN._local_scalar_dense.default, _ATEN.clon
 def install(*, updates: bool) -> None:
     """Patches this process. The device's memory may hold anything, so no check of values may end the run.
 
-    `updates`: gradients are applied whose norm nobody computed (needs Megatron-core).
+    `updates`: of a section that trains (needs Megatron-core): gradients are applied whose norm nobody computed.
     """
     import sead_kernels.split_kl.api as api
     import sead_kernels.split_kl.cuda.build as cuda_build
@@ -27,9 +27,12 @@ def install(*, updates: bool) -> None:
     # Launches must go through the library that was preloaded, not through a runtime linked in.
     cuda_build._NVCC_FLAGS = tuple("shared" if flag == "static" else flag for flag in cuda_build._NVCC_FLAGS)
     api.check_labels = lambda *arguments, **options: None
+    # torch compiles this one at run time, by NVRTC, which is played too.
+    torch.special.entr = lambda p: -(p * p.log())
     _let_nonzero_find_every_second_row()
-    _IntegersOnTheCpu().__enter__()
     if updates:
+        # Not for kernels alone: token ids that nobody wrote would be looked up.
+        _IntegersOnTheCpu().__enter__()
         from sead_megatron.training.optimizer import StudentOptimizer
 
         step = StudentOptimizer.step
