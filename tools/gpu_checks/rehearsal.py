@@ -30,6 +30,8 @@ def install(*, updates: bool) -> None:
     # torch compiles this one at run time, by NVRTC, which is played too.
     torch.special.entr = lambda p: -(p * p.log())
     _let_nonzero_find_every_second_row()
+    # No plan of cuDNN's is found for attention.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if updates:
         # Not for kernels alone: token ids that nobody wrote would be looked up.
         _IntegersOnTheCpu().__enter__()
