@@ -89,7 +89,7 @@ def linear_entropy(
         ValueError: naming the argument, what it got and what it wanted; also if topk exceeds the vocabulary.
     """
     check_model("", hidden, weight)
-    check_labels(labels, hidden, shard)
+    check_labels(labels, hidden, shard, options)
     check_temperature(temperature)
     check_topk(topk, shard)
     if gather_ids is not None:
@@ -313,7 +313,7 @@ def _checked_backend(
     check_model("teacher", teacher_hidden, teacher_weight)
     check_pair(student_hidden, student_weight, teacher_hidden, teacher_weight)
     if labels is not None:
-        check_labels(labels, student_hidden, shard)
+        check_labels(labels, student_hidden, shard, options)
     check_temperature(temperature)
     if options.check_finite:
         check_finite(

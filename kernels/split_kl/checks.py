@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .tiling import VocabShard
+from .tiling import TileOptions, VocabShard
 from .topk import MAX_TOPK, NO_ID
 
 # Columns of every ``coefficients`` tensor.
@@ -78,14 +78,15 @@ def check_pair(
         )
 
 
-def check_labels(labels: Tensor, hidden: Tensor, shard: VocabShard) -> None:
+def check_labels(labels: Tensor, hidden: Tensor, shard: VocabShard, options: TileOptions) -> None:
+    """Shape, dtype and device; with ``options.check_values`` the ids too, which waits for the device."""
     tokens = hidden.shape[0]
     if labels.shape != (tokens,) or labels.dtype != torch.int64 or labels.device != hidden.device:
         raise ValueError(
             f"labels is {describe(labels)} on {labels.device}, wanted int64 of shape ({tokens},) "
             f"on {hidden.device}"
         )
-    if tokens:
+    if tokens and options.check_values:
         low, high = (int(bound) for bound in labels.aminmax())
         # A label that no rank owns would count as a logit of 0, silently.
         if low < 0 or high >= shard.valid:
@@ -116,6 +117,20 @@ def check_support(name: str, ids: Tensor, hidden: Tensor) -> None:
         )
 
 
+def active_rows(active: Tensor | None, weighted: Tensor) -> Tensor:
+    """``active``, or the rows that ``weighted`` bool [T] marks, int64; to find them waits for the device.
+
+    ValueError unless ``active`` is an int64 vector on that device.
+    """
+    if active is None:
+        return weighted.nonzero()[:, 0]
+    if active.dim() != 1 or active.dtype != torch.int64 or active.device != weighted.device:
+        raise ValueError(
+            f"active is {describe(active)} on {active.device}, wanted an int64 vector on {weighted.device}"
+        )
+    return active
+
+
 def check_columns(name: str, columns: dict[str, Tensor], tokens: int) -> None:
     for field, value in columns.items():
         if value.shape != (tokens,):
@@ -131,7 +146,10 @@ def check_rows(tokens: int, **tensors: Tensor) -> None:
 
 
 def check_target_ids(ids: Tensor, shard: VocabShard) -> None:
-    """The ids of a top-k: an unknown or repeated one would count as probability mass that is not there."""
+    """The ids of a top-k: an unknown or repeated one would count as probability mass that is not there.
+
+    Waits for the device.
+    """
     held = ids != NO_ID
     if held.any():
         low, high = (int(bound) for bound in ids[held].aminmax())

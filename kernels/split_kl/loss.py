@@ -10,7 +10,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .api import linear_split_kl_grads, linear_stats
-from .checks import check_coefficients, check_model, check_pair, check_rows, check_whole_vocabulary
+from .checks import (
+    active_rows,
+    check_coefficients,
+    check_model,
+    check_pair,
+    check_rows,
+    check_whole_vocabulary,
+)
 from .logit_cache import LogitCache
 from .state import TokenStats, finalize
 from .tensor_parallel import merge_tp
@@ -51,6 +58,7 @@ def split_kl_loss(
     temperature: float = 1.0,
     options: TileOptions = DEFAULT_TILES,
     weight_tied: bool = False,
+    active: Tensor | None = None,
 ) -> SplitKLOutput:
     """sum_t (c_0 KL(q||p)_t + c_1 KL(p||q)_t + c_2 H(p)_t + c_3 ln p_t(y_t)), p the student and q the
     teacher.
@@ -72,6 +80,8 @@ def split_kl_loss(
         weight_tied: the weight is also the input embedding in this same autograd graph. With a ``main_grad``
             the returned gradient is then None, and the embedding's own gradient fires the hook. A dummy would
             mark the parameter as done and Megatron would drop the embedding's part.
+        active: int64 indices of the rows with a coefficient that is not 0, ascending, where the caller knows them: to
+            look for them waits for the device. Other rows are dropped, whatever their coefficients.
 
     Raises:
         ValueError: naming the argument, what it got and what it wanted.
@@ -87,10 +97,11 @@ def split_kl_loss(
         options = replace(options, cache_mib=0)
     check_rows(tokens, labels=labels)
     settings = LossSettings(shard, tp_group, temperature, options, weight_tied)
-    loss, stats, active = _SplitKL.apply(
-        student_hidden, student_weight, teacher_hidden, teacher_weight, labels, coefficients, settings
+    rows = active_rows(active, coefficients.any(dim=1))
+    loss, stats = _SplitKL.apply(
+        student_hidden, student_weight, teacher_hidden, teacher_weight, labels, coefficients, rows, settings
     )
-    return SplitKLOutput(loss, TokenStats(*stats.unbind(0)), active)
+    return SplitKLOutput(loss, TokenStats(*stats.unbind(0)), rows)
 
 
 def weighted_sum(stats: TokenStats | TopKStats, coefficients: Tensor) -> Tensor:
@@ -112,9 +123,9 @@ class _SplitKL(torch.autograd.Function):
         teacher_weight: Tensor,
         labels: Tensor,
         coefficients: Tensor,
+        active: Tensor,
         settings: LossSettings,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        active = coefficients.any(dim=1).nonzero()[:, 0]
+    ) -> tuple[Tensor, Tensor]:
         cache = LogitCache(settings.options.cache_mib) if settings.options.cache_mib else None
         state = linear_stats(
             select_rows(student_hidden, active),
@@ -145,8 +156,8 @@ class _SplitKL(torch.autograd.Function):
         ctx.weight = student_weight
         ctx.settings = settings
         ctx.cache = cache
-        ctx.mark_non_differentiable(packed, active)
-        return loss, packed, active
+        ctx.mark_non_differentiable(packed)
+        return loss, packed
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -172,4 +183,4 @@ class _SplitKL(torch.autograd.Function):
                 cache=ctx.cache,
             )
 
-        return *input_gradients(ctx, hidden, active, pass2), None, None, None, None, None
+        return *input_gradients(ctx, hidden, active, pass2), *(None,) * 6

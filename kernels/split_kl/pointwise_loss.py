@@ -9,7 +9,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .api import linear_pointwise_grads, linear_pointwise_stats, linear_stats
-from .checks import check_coefficients, check_model, check_pair, check_rows, check_whole_vocabulary
+from .checks import (
+    active_rows,
+    check_coefficients,
+    check_model,
+    check_pair,
+    check_rows,
+    check_whole_vocabulary,
+)
 from .logit_cache import LogitCache
 from .loss import LossSettings
 from .pointwise import PointwiseRule
@@ -56,13 +63,14 @@ def pointwise_loss(
     temperature: float = 1.0,
     options: TileOptions = DEFAULT_TILES,
     weight_tied: bool = False,
+    active: Tensor | None = None,
 ) -> PointwiseOutput:
     """sum_t coefficients_t D_t, D the divergence of ``rule``; everything else as :func:`loss.split_kl_loss`.
 
     Args:
         coefficients: [T] float32, constants, identical on all tensor-parallel ranks. Rows of 0 are dropped before
             any GEMM.
-        student_hidden ... weight_tied: as there.
+        student_hidden ... active: as there.
 
     Raises:
         ValueError: naming the argument, what it got and what it wanted.
@@ -75,10 +83,19 @@ def pointwise_loss(
     check_whole_vocabulary(student_weight, shard, 1 if tp_group is None else tp_group.size())
     check_rows(student_hidden.shape[0], labels=labels)
     settings = LossSettings(shard, tp_group, temperature, options, weight_tied)
-    loss, stats, active = _Pointwise.apply(
-        student_hidden, student_weight, teacher_hidden, teacher_weight, labels, coefficients, rule, settings
+    rows = active_rows(active, coefficients != 0)
+    loss, stats = _Pointwise.apply(
+        student_hidden,
+        student_weight,
+        teacher_hidden,
+        teacher_weight,
+        labels,
+        coefficients,
+        rows,
+        rule,
+        settings,
     )
-    return PointwiseOutput(loss, PointwiseStats(*stats.unbind(0)), active)
+    return PointwiseOutput(loss, PointwiseStats(*stats.unbind(0)), rows)
 
 
 class _Pointwise(torch.autograd.Function):
@@ -93,10 +110,10 @@ class _Pointwise(torch.autograd.Function):
         teacher_weight: Tensor,
         labels: Tensor,
         coefficients: Tensor,
+        active: Tensor,
         rule: PointwiseRule,
         settings: LossSettings,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        active = coefficients.nonzero()[:, 0]
+    ) -> tuple[Tensor, Tensor]:
         # Of use without a backward pass too: the logits are wanted twice in here.
         cache = LogitCache(settings.options.cache_mib) if settings.options.cache_mib else None
         pair = (
@@ -133,8 +150,8 @@ class _Pointwise(torch.autograd.Function):
         ctx.rule = rule
         ctx.cache = cache
         packed = torch.stack([*stats, divergence, gap])
-        ctx.mark_non_differentiable(packed, active)
-        return loss, packed, active
+        ctx.mark_non_differentiable(packed)
+        return loss, packed
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -159,4 +176,4 @@ class _Pointwise(torch.autograd.Function):
                 cache=ctx.cache,
             )
 
-        return *input_gradients(ctx, hidden, active, pass2), None, None, None, None, None, None
+        return *input_gradients(ctx, hidden, active, pass2), *(None,) * 7

@@ -43,6 +43,9 @@ class TileOptions:
         check_finite: look for NaN and infinity in every hidden state and weight before each pass (ValueError).
             Reads them once more and synchronises: for debugging. Without it a NaN spreads to its token's
             numbers and, in pass 2, to the gradients.
+        check_values: look whether labels and the ids of a top-k lie in the vocabulary, and whether a rule defines what
+            has a coefficient (ValueError). Reads them back, so that each call waits for the device. False is for
+            callers that made sure of it on the host: there, a wrong id counts as a logit of 0, silently.
         cache_mib: MiB of logits that ``split_kl_loss`` keeps from its forward to its backward pass instead of
             computing them again (backends ``cpu`` and ``cuda``). 8 bytes per active token and vocabulary row
             keep them all, which saves two of six GEMMs.
@@ -52,6 +55,7 @@ class TileOptions:
     tokens: int = 1024
     vocab: int = 4096
     check_finite: bool = False
+    check_values: bool = True
     cache_mib: int = 0
 
     def __post_init__(self) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .api import linear_entropy, linear_support_grads
 from .checks import (
+    active_rows,
     check_coefficients,
     check_model,
     check_rows,
@@ -52,6 +53,7 @@ def topk_loss(
     temperature: float = 1.0,
     options: TileOptions = DEFAULT_TILES,
     weight_tied: bool = False,
+    active: Tensor | None = None,
 ) -> TopKOutput:
     """As :func:`loss.split_kl_loss` with the divergences of a rule in place of the exact ones.
 
@@ -62,7 +64,7 @@ def topk_loss(
             ``forward_teacher_norm`` with -A in column ``logprob`` of every token and alpha in column ``forward_kl``
             of the gated ones.
         rule: a key of ``topk_rules.RULES``, where the formulas are.
-        student_hidden ... weight_tied: as there.
+        student_hidden ... active: as there.
 
     Raises:
         ValueError: naming the argument, what it got and what it wanted.
@@ -70,22 +72,24 @@ def topk_loss(
     tokens = student_hidden.shape[0]
     divergences = resolve_rule(rule).divergences
     check_coefficients(coefficients, student_hidden)
-    check_rule_coefficients(rule, coefficients)
+    if options.check_values:
+        check_rule_coefficients(rule, coefficients)
     check_model("student", student_hidden, student_weight)
     check_whole_vocabulary(student_weight, shard, 1 if tp_group is None else tp_group.size())
-    rows = {
+    columns = {
         "target.ids": target.ids,
         "target.logprobs": target.logprobs,
         "target.tail_mass": target.tail_mass,
         "labels": labels,
     }
-    check_rows(tokens, **rows)
+    check_rows(tokens, **columns)
     settings = LossSettings(shard, tp_group, temperature, options, weight_tied)
-    loss, packed, active = _TopK.apply(
-        student_hidden, student_weight, *target, labels, coefficients, rule, settings
+    rows = active_rows(active, coefficients.any(dim=1))
+    loss, packed = _TopK.apply(
+        student_hidden, student_weight, *target, labels, coefficients, rows, rule, settings
     )
     fields = (*TopKStats._fields[:-2], *divergences)
-    return TopKOutput(loss, TopKStats(**dict(zip(fields, packed.unbind(0), strict=True))), active)
+    return TopKOutput(loss, TopKStats(**dict(zip(fields, packed.unbind(0), strict=True))), rows)
 
 
 class _TopK(torch.autograd.Function):
@@ -101,13 +105,14 @@ class _TopK(torch.autograd.Function):
         target_tail_mass: Tensor,
         labels: Tensor,
         coefficients: Tensor,
+        active: Tensor,
         rule: str,
         settings: LossSettings,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        active = coefficients.any(dim=1).nonzero()[:, 0]
+    ) -> tuple[Tensor, Tensor]:
         whole = TopKTarget(target_ids, target_logprobs, target_tail_mass)
         target = TopKTarget(*(select_rows(column, active) for column in whole))
-        check_target_ids(target.ids, settings.shard)
+        if settings.options.check_values:
+            check_target_ids(target.ids, settings.shard)
         labels, coefficients = select_rows(labels, active), select_rows(coefficients, active)
         state = linear_entropy(
             select_rows(student_hidden, active),
@@ -137,8 +142,8 @@ class _TopK(torch.autograd.Function):
         # The parameter itself: a saved tensor may come back as another object, without main_grad.
         ctx.weight = student_weight
         ctx.settings = settings
-        ctx.mark_non_differentiable(packed, active)
-        return loss, packed, active
+        ctx.mark_non_differentiable(packed)
+        return loss, packed
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -158,4 +163,4 @@ class _TopK(torch.autograd.Function):
                 weight_requires_grad=weight_requires_grad,
             )
 
-        return *input_gradients(ctx, hidden, active, pass2), None, None, None, None, None, None, None
+        return *input_gradients(ctx, hidden, active, pass2), *(None,) * 8
