@@ -132,6 +132,7 @@ def loss_gradient(world: World, coefficients: Coefficients, *, has_teacher: bool
     """dL/dz [N, V] by the trainer's own loss and kernels: logits as hidden states, the identity as output layer."""
     from sead_kernels.split_kl import TileOptions, VocabShard
 
+    from sead_megatron.training.device_rows import ActiveRows
     from sead_megatron.training.token_loss import LossContext, token_loss
 
     logits = world.student.clone().requires_grad_()
@@ -146,6 +147,7 @@ def loss_gradient(world: World, coefficients: Coefficients, *, has_teacher: bool
         teacher,
         world.labels,
         weights,
+        ActiveRows.of(weights != 0, coefficients.divergence, weights.device),
         coefficients.divergence,
         context,
         teacher_argmax=coefficients.teacher_argmax,

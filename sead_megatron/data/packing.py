@@ -91,7 +91,7 @@ def pack_rows(
 
 @dataclass(frozen=True, eq=False)
 class PackedRow:
-    """One microbatch, on the CPU (S positions with padding, n segments, R response tokens that are trained on).
+    """One microbatch (S positions with padding, n segments, R response tokens that are trained on).
 
     Attributes:
         tokens: int64 [1, S].

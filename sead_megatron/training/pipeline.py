@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -21,20 +21,24 @@ from torch import Tensor
 from sead_megatron.data.packing import PackedRow
 from sead_megatron.parallel.groups import ParallelGroups
 
-ForwardStep = Callable[[Iterator[PackedRow], Any], tuple[Tensor, Callable[..., Any]]]
+Row = TypeVar("Row", bound=PackedRow)
+
+ForwardStep = Callable[[Iterator[Row], Any], tuple[Tensor, Callable[..., Any]]]
 
 
-def forward_row(model: Any, row: PackedRow, device: torch.device) -> Tensor:
-    """The model's hidden states of one packed row, [S, 1, H] ([S / TP, 1, H] under sequence parallelism)."""
-    cu_seqlens = row.cu_seqlens.to(device)
+def forward_row(model: Any, row: PackedRow) -> Tensor:
+    """The model's hidden states of one packed row, [S, 1, H] ([S / TP, 1, H] under sequence parallelism).
+
+    The row is on the model's device.
+    """
     packed = PackedSeqParams(
         qkv_format="thd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
+        cu_seqlens_q=row.cu_seqlens,
+        cu_seqlens_kv=row.cu_seqlens,
         max_seqlen_q=row.max_seqlen,
         max_seqlen_kv=row.max_seqlen,
     )
-    return model(row.tokens.to(device), row.position_ids.to(device), None, packed_seq_params=packed)
+    return model(row.tokens, row.position_ids, None, packed_seq_params=packed)
 
 
 def response_rows(hidden: Tensor, row: PackedRow, groups: ParallelGroups, sequence_parallel: bool) -> Tensor:
@@ -47,14 +51,14 @@ def response_rows(hidden: Tensor, row: PackedRow, groups: ParallelGroups, sequen
         hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=group)
     else:
         hidden = copy_to_tensor_model_parallel_region(hidden, group=group)
-    return hidden[:, 0].index_select(0, row.logit_rows.to(hidden.device))
+    return hidden[:, 0].index_select(0, row.logit_rows)
 
 
 def run_rows(
     model: torch.nn.Module,
     groups: ParallelGroups,
-    rows: Sequence[PackedRow],
-    forward_step: ForwardStep,
+    rows: Sequence[Row],
+    forward_step: ForwardStep[Row],
     *,
     train: bool,
 ) -> list[Any]:

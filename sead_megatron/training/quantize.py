@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sead_megatron.data.packing import PackedRow
 from sead_megatron.models.build import BuiltModel
+from sead_megatron.training.device_rows import row_to_device
 from sead_megatron.training.pipeline import forward_row, run_rows
 
 
@@ -56,10 +57,10 @@ def _use_own_groups(model: BuiltModel) -> None:
 
 def _measure(module: Any, model: BuiltModel, rows: Sequence[PackedRow], device: torch.device) -> None:
     def step(remaining: Iterator[PackedRow], stage: Any) -> tuple[Tensor, Any]:
-        output = forward_row(stage, next(remaining), device)
+        output = forward_row(stage, next(remaining))
         return output, lambda hidden, non_loss_data=True: None
 
-    run_rows(module, model.groups, rows, step, train=False)
+    run_rows(module, model.groups, [row_to_device(row, device) for row in rows], step, train=False)
 
 
 def _ends(model: BuiltModel) -> list[str]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sead_megatron.data.types import TokenTable
 from sead_megatron.objectives import Objective
+from sead_megatron.training.device_rows import check_labels, to_device
 from sead_megatron.training.models import Models
 from sead_megatron.training.step_plan import StepPlan
 from sead_megatron.training.teacher import TeacherScores, teacher_columns, teacher_statistics
@@ -50,7 +51,7 @@ def _measure(models: Models, parts: Sequence[TeacherScores], topk: int, plan: St
     measured = [
         teacher_statistics(
             part,
-            plan.labels(part.token_index),
+            check_labels(plan.labels(part.token_index), student.shard.valid),
             student.model.groups,
             student.shard,
             temperature=student.temperature,
@@ -60,5 +61,7 @@ def _measure(models: Models, parts: Sequence[TeacherScores], topk: int, plan: St
         for part in parts
     ]
     columns = {name: torch.cat([part[name] for part in measured]) for name in names if measured}
-    token_index = torch.cat([part.token_index for part in parts]) if parts else None
+    token_index = None
+    if parts:
+        token_index = to_device(torch.cat([part.token_index for part in parts]), student.device)
     return share_columns(names, columns, token_index, plan.num_tokens, student.model.groups, student.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +15,10 @@ from torch import Tensor
 
 from sead_megatron.config import TrainConfig
 from sead_megatron.data.packing import PackedRow, build_row, pack_rows
-from sead_megatron.data.terms import Term
+from sead_megatron.data.terms import Divergence, Term
 from sead_megatron.data.types import Coefficients
 from sead_megatron.models.build import BuiltModel
+from sead_megatron.training.device_rows import ActiveRows, StudentRow, check_labels, row_to_device
 from sead_megatron.training.optimizer import StudentOptimizer, wrap_for_training
 from sead_megatron.training.pipeline import forward_row, response_rows, run_rows
 from sead_megatron.training.step_plan import StepPlan
@@ -28,6 +30,7 @@ from sead_megatron.training.token_loss import (
     LossContext,
     measured_by,
     one_model_statistics,
+    present,
     token_loss,
 )
 from sead_megatron.training.topk_columns import (
@@ -71,6 +74,8 @@ class Student:
             vocab=kernel.tile_vocab,
             cache_mib=kernel.cache_mib,
             check_finite=kernel.check_finite,
+            # Labels are checked where rows are built, and every other id is one that a kernel found.
+            check_values=False,
         )
         self.shard = VocabShard(start=model.vocab_start, valid=model.config.vocab_size)
         groups = model.groups
@@ -101,15 +106,14 @@ class Student:
         names += TOPK_COLUMNS if topk else ()
         names += ARGMAX_COLUMNS if teacher_argmax else ()
 
-        def measure(hidden: Tensor, row: PackedRow) -> tuple[Tensor, dict[str, Tensor]]:
-            labels = row.labels.to(self.device)
-            teacher = self._teacher_of(scores, row)
+        def measure(hidden: Tensor, row: StudentRow) -> tuple[Tensor, dict[str, Tensor]]:
+            teacher = self._teacher_of(row)
             if teacher is None:
-                return row.token_index, self._own_statistics(hidden, labels)
+                return row.token_index, self._own_statistics(hidden, row.labels)
             pair = (hidden, self.model.module.output_weight().detach(), *teacher)
             state = linear_stats(
                 *pair,
-                labels,
+                row.labels,
                 shard=self.shard,
                 temperature=self.temperature,
                 options=self.tile_options,
@@ -122,9 +126,9 @@ class Student:
                 columns |= topk_columns(*pair, stats, topk, self._context)
             return row.token_index, columns
 
-        def forward_step(rows: Iterator[PackedRow], model: Any) -> tuple[Tensor, Any]:
+        def forward_step(rows: Iterator[StudentRow], model: Any) -> tuple[Tensor, Any]:
             row = next(rows)
-            hidden = forward_row(model, row, self.device)
+            hidden = forward_row(model, row)
 
             def collect(output: Tensor, non_loss_data: bool = True) -> Any:
                 return measure(
@@ -136,63 +140,102 @@ class Student:
         self.model.module.eval()
         with torch.no_grad():
             outputs = run_rows(
-                self.model.module, self.model.groups, self._rows(plan), forward_step, train=False
+                self.model.module, self.model.groups, self._rows(plan, scores), forward_step, train=False
             )
         return self._share(plan, outputs, names)
 
     def train_step(self, plan: StepPlan, scores: Scores | None, coefficients: Coefficients) -> Update:
         """Forward, loss and backward of all microbatches, gradient reduction and optimizer step (a collective)."""
         weights = (coefficients.weights / coefficients.normalizer).to(self.device)
-        if not self._has_teacher and bool(weights[:, [Term.FORWARD_KL, Term.REVERSE_KL]].any()):
+        # The one copy that tells the host which tokens take part; NaN does.
+        weighted = (weights != 0).cpu()
+        if not self._has_teacher and bool(weighted[:, [Term.FORWARD_KL, Term.REVERSE_KL]].any()):
             raise ValueError("a coefficient of a divergence, in a run without a teacher")
         groups = self.model.groups
 
-        def forward_step(rows: Iterator[PackedRow], model: Any) -> tuple[Tensor, Any]:
+        def forward_step(rows: Iterator[StudentRow], model: Any) -> tuple[Tensor, Any]:
             row = next(rows)
-            hidden = forward_row(model, row, self.device)
+            hidden = forward_row(model, row)
 
             def loss(output: Tensor) -> tuple[Tensor, Tensor, Any]:
+                active = present(row.active)
                 result = token_loss(
                     response_rows(output, row, groups, self._sequence_parallel),
                     self.model.module.output_weight(),
-                    self._teacher_of(scores, row),
-                    row.labels.to(self.device),
-                    weights[row.token_index.to(self.device)],
+                    self._teacher_of(row),
+                    row.labels,
+                    weights[row.token_index],
+                    active,
                     coefficients.divergence,
                     self._context,
                     teacher_argmax=coefficients.teacher_argmax,
                 )
-                active = row.token_index[result.active.cpu()]
+                measured = (row.token_index.index_select(0, active.loss), result.columns)
                 # The second item is Megatron's token count; the loss is already normalised.
                 no_count = torch.zeros((), dtype=torch.int, device=self.device)
-                return result.loss, no_count, (result.loss.detach(), (active, result.columns))
+                return result.loss, no_count, (result.loss.detach(), measured)
 
             return hidden, loss
 
         self.model.module.train()
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
-        outputs = run_rows(self.ddp, groups, self._rows(plan), forward_step, train=True)
-        loss = self._global_loss([value for value, _ in outputs])
+        rows = self._rows(plan, scores, weighted, coefficients.divergence)
+        outputs = run_rows(self.ddp, groups, rows, forward_step, train=True)
+        total = self._global_loss([value for value, _ in outputs])
         names = measured_by(
             coefficients.divergence,
             has_teacher=self._has_teacher,
             teacher_argmax=coefficients.teacher_argmax,
         )
         columns = self._share(plan, [measured for _, measured in outputs], names)
-        result = self.optimizer.step(loss_is_finite=bool(torch.isfinite(loss)))
+        loss = float(total)
+        result = self.optimizer.step(loss_is_finite=math.isfinite(loss))
         active = (coefficients.weights != 0).any(-1)
-        return Update(float(loss), result.applied, result.grad_norm, result.lr, active, columns)
+        return Update(loss, result.applied, result.grad_norm, result.lr, active, columns)
 
-    def _rows(self, plan: StepPlan) -> list[PackedRow]:
-        """This replica's rollouts; a row holds those of one teacher, whose output layer its loss takes."""
+    def _rows(
+        self,
+        plan: StepPlan,
+        scores: Scores | None,
+        weighted: Tensor | None = None,
+        divergence: Divergence | None = None,
+    ) -> list[StudentRow]:
+        """This replica's rollouts, on the device; a row holds those of one teacher, whose output layer its loss takes.
+
+        `weighted`: bool [N, 4] on the CPU, where the coefficients of an update are not 0.
+        """
         mine = plan.student[self.model.groups.dp_rank]
         lengths = {i: plan.rollouts[i].length for i in mine}
         rows = []
         for teacher in sorted({plan.teacher_of[i] for i in mine}):
             own = [i for i in mine if plan.teacher_of[i] == teacher]
             rows += pack_rows(lengths, own, self._max_tokens, self._packing)
-        return [build_row(row, plan.rollouts, plan.offsets, self.model.row_multiple) for row in rows]
+        return [
+            self._row(
+                build_row(row, plan.rollouts, plan.offsets, self.model.row_multiple),
+                scores,
+                weighted,
+                divergence,
+            )
+            for row in rows
+        ]
+
+    def _row(
+        self,
+        row: PackedRow,
+        scores: Scores | None,
+        weighted: Tensor | None,
+        divergence: Divergence | None,
+    ) -> StudentRow:
+        check_labels(row.labels, self.shard.valid)
+        return StudentRow(
+            **vars(row_to_device(row, self.device)),
+            teacher=None if scores is None else scores.rows(row.token_index),
+            active=None
+            if weighted is None
+            else ActiveRows.of(weighted[row.token_index], divergence, self.device),
+        )
 
     def _own_statistics(self, hidden: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """`OF_STUDENT` of a row, by one pass over the output layer."""
@@ -200,12 +243,12 @@ class Student:
         stats = one_model_statistics(hidden, weight, 0, None, self._context, labels)
         return {"student_entropy": stats.entropy, "student_logprob": stats.logprob}
 
-    def _teacher_of(self, scores: Scores | None, row: PackedRow) -> tuple[Tensor, Tensor] | None:
+    def _teacher_of(self, row: StudentRow) -> tuple[Tensor, Tensor] | None:
         if not self._has_teacher:
             return None
-        if scores is None:
+        if row.teacher is None:
             raise RuntimeError("the loss was asked for on a rank that holds no output layer")
-        return scores.rows(row.token_index, self.device)
+        return row.teacher.take(self.device)
 
     def _share(
         self, plan: StepPlan, outputs: list[tuple[Tensor, dict[str, Tensor]]], names: tuple[str, ...]

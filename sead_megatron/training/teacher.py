@@ -16,6 +16,7 @@ from sead_megatron.models.architecture import HFConfig
 from sead_megatron.models.build import BuiltModel, HiddenStateModel
 from sead_megatron.parallel.groups import ParallelGroups
 from sead_megatron.parallel.layout import Layout
+from sead_megatron.training.device_rows import TeacherRows, row_to_device, to_device
 from sead_megatron.training.pipeline import forward_row, response_rows, run_rows
 from sead_megatron.training.step_plan import Scoring, StepPlan
 
@@ -38,10 +39,10 @@ class TeacherScores:
         """Whether all of these tokens are among the scored ones."""
         return bool(torch.isin(token_index, self.token_index).all())
 
-    def rows(self, token_index: Tensor, device: torch.device) -> Tensor:
-        """Hidden states of some of this rank's tokens, [len(token_index), H_t], on `device`."""
+    def rows(self, token_index: Tensor) -> TeacherRows:
+        """What the loss reads for some of this rank's tokens."""
         position = torch.searchsorted(self.token_index, token_index)
-        return self.hidden.index_select(0, position.to(self.hidden.device)).to(device)
+        return TeacherRows(self.hidden, to_device(position, self.hidden.device), self.output)
 
 
 class Teacher:
@@ -103,15 +104,17 @@ class Teacher:
             build_row(row, plan.teacher_rollouts, plan.offsets, self._model.row_multiple)
             for row in pack_rows(lengths, rollouts, self._max_tokens, self._packing)
         ]
-        outputs = run_rows(self._model.module, groups, rows, self._forward_step, train=False) if rows else []
+        token_index = plan.token_indices(rollouts)
+        places = [to_device(torch.searchsorted(token_index, row.token_index), self._keep_on) for row in rows]
+        sent = [row_to_device(row, self._device) for row in rows]
+        outputs = run_rows(self._model.module, groups, sent, self._forward_step, train=False) if rows else []
         if not groups.is_last_stage:
             return None
-        token_index = plan.token_indices(rollouts)
         hidden = torch.empty(
             len(token_index), self._model.config.hidden_size, dtype=self._dtype, device=self._keep_on
         )
-        for row, output in zip(rows, outputs, strict=True):
-            hidden[torch.searchsorted(token_index, row.token_index).to(self._keep_on)] = output
+        for place, output in zip(places, outputs, strict=True):
+            hidden[place] = output
         return hidden
 
     @property
@@ -120,7 +123,7 @@ class Teacher:
 
     def _forward_step(self, rows: Iterator[PackedRow], model: Any) -> tuple[Tensor, Any]:
         row = next(rows)
-        hidden = forward_row(model, row, self._device)
+        hidden = forward_row(model, row)
 
         def collect(output: Tensor, non_loss_data: bool = True) -> Tensor:
             selected = response_rows(output, row, self._model.groups, self._sequence_parallel)
@@ -145,25 +148,26 @@ class Teacher:
                     raise RuntimeError("a rank without the teacher's last stage was asked for its output")
                 scored = plan.token_indices(scoring.frozen[self._model.groups.dp_rank])
                 position = torch.searchsorted(scored, transfer.token_index)
-                outgoing = produced.index_select(0, position.to(self._keep_on))
+                outgoing = produced.index_select(0, to_device(position, self._keep_on))
             if rank == transfer.target and received is not None:
                 position = torch.searchsorted(received.token_index, transfer.token_index)
+                place = to_device(position, self._keep_on)
                 if outgoing is not None:
-                    received.hidden[position.to(self._keep_on)] = outgoing
+                    received.hidden[place] = outgoing
                     continue
                 buffer = torch.empty(
-                    len(position), received.hidden.shape[1], dtype=self._dtype, device=self._device
+                    len(place), received.hidden.shape[1], dtype=self._dtype, device=self._device
                 )
                 operations.append(dist.P2POp(dist.irecv, buffer, transfer.source))
-                arriving.append((position, buffer))
+                arriving.append((place, buffer))
             elif outgoing is not None:
                 operations.append(dist.P2POp(dist.isend, outgoing.to(self._device), transfer.target))
         for request in dist.batch_isend_irecv(operations) if operations else []:
             request.wait()
-        for position, buffer in arriving:
+        for place, buffer in arriving:
             if received is None:
                 raise RuntimeError("hidden states arrived on a rank that expects none")
-            received.hidden[position.to(self._keep_on)] = buffer.to(self._keep_on)
+            received.hidden[place] = buffer.to(self._keep_on)
         return received
 
     def _room_for(self, token_index: Tensor) -> TeacherScores:
@@ -227,15 +231,16 @@ def teacher_statistics(
 ) -> dict[str, Tensor]:
     """The `teacher_columns` of every token of `scores`, float32 [n], nats; equal on all TP ranks.
 
-    `labels`: int64 [n], the sampled tokens. `topk > 0` gives the entropy of the k most likely tokens and a tail bucket,
-    a lower bound of the exact one.
+    `labels`: int64 [n] on the CPU, the sampled tokens. `topk > 0` gives the entropy of the k most likely tokens and a
+    tail bucket, a lower bound of the exact one.
     """
     names = teacher_columns(topk)
     output_shard = scores.output
     chunks: dict[str, list[Tensor]] = {name: [torch.empty(0, device=output_shard.device)] for name in names}
+    labels = to_device(labels, output_shard.device)
     for start in range(0, len(scores.token_index), chunk):
         hidden = scores.hidden[start : start + chunk].to(output_shard.device)
-        sampled = labels[start : start + chunk].to(output_shard.device)
+        sampled = labels[start : start + chunk]
         state = linear_entropy(
             hidden, output_shard, sampled, shard=shard, temperature=temperature, topk=topk, options=options
         )

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from sead_megatron.training.device_rows import TeacherRows
 from sead_megatron.training.step_plan import StepPlan
 from sead_megatron.training.teacher import Teacher, TeacherScores
 
@@ -40,12 +40,12 @@ class Scores:
 
     parts: Sequence[TeacherScores]
 
-    def rows(self, token_index: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Hidden states [len(token_index), H_t] of tokens that one teacher scored, on `device`, and its output layer.
+    def rows(self, token_index: Tensor) -> TeacherRows:
+        """What the loss reads of the teacher that scored these tokens (indices on the CPU).
 
         Raises ValueError for tokens of several teachers.
         """
         for part in self.parts:
             if part.holds(token_index):
-                return part.rows(token_index, device), part.output
+                return part.rows(token_index)
         raise ValueError("a row holds tokens of several teachers")

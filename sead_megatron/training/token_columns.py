@@ -26,11 +26,11 @@ def share_columns(
 
     Args:
         measured: this rank's columns, [len(token_index)] each; read on contributing ranks only.
-        token_index: their indices in the TokenTable.
+        token_index: their indices in the TokenTable, on `device`.
     """
     table = torch.zeros(len(names), num_tokens, dtype=torch.float32, device=device)
     if groups.is_last_stage and groups.tp_rank == 0 and token_index is not None and len(token_index):
         columns = torch.stack([measured[name].detach().float() for name in names])
-        table[:, token_index.to(device)] = columns.to(device)
+        table[:, token_index] = columns
     dist.all_reduce(table)
     return dict(zip(names, table, strict=True))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,9 @@ from sead_kernels.split_kl import (
 from torch import Tensor
 
 from sead_megatron.data.terms import Divergence, Pointwise, Term, TopK
+from sead_megatron.training.device_rows import ActiveRows
+
+_Value = TypeVar("_Value")
 
 # TokenTable columns that a pass through both output layers measures, and the kernel's names of them.
 MEASURED = (
@@ -61,11 +64,10 @@ class LossContext:
 
 
 class TokenLoss(NamedTuple):
-    """`loss` with gradient; columns [active] of `measured_by`; int64 indices of the active tokens."""
+    """`loss` with gradient; columns of `measured_by`, of the active rows."""
 
     loss: Tensor
     columns: dict[str, Tensor]
-    active: Tensor
 
 
 def token_loss(
@@ -74,6 +76,7 @@ def token_loss(
     teacher: tuple[Tensor, Tensor] | None,
     labels: Tensor,
     weights: Tensor,
+    active: ActiveRows,
     divergence: Divergence | None,
     context: LossContext,
     *,
@@ -84,6 +87,7 @@ def token_loss(
     Args:
         hidden: [R, H_s] with gradient, labels: int64 [R], weights: float32 [R, 4].
         weight: output layer of this rank's vocabulary shard.
+        active: which of the rows have weights.
         teacher: its hidden states [R, H_t] and output layer; None without one, and then no divergence has a weight.
         divergence: None for the KL divergences over the whole vocabulary.
         teacher_argmax: y is the teacher's likeliest token, whatever `labels` says.
@@ -94,13 +98,14 @@ def token_loss(
         "temperature": context.temperature,
         "options": context.options,
         "weight_tied": context.tied,
+        "active": active.loss,
     }
     if teacher_argmax and teacher is not None:
-        labels = _teacher_argmax(*teacher, labels, weights, context)
+        labels = _teacher_argmax(*teacher, labels, active.loss, context)
     if teacher is None:
         result = topk_loss(hidden, weight, _no_target(hidden), labels, weights, rule="tail", **shared)
     elif isinstance(divergence, TopK):
-        target = _target(hidden.detach(), weight, *teacher, weights, divergence, context)
+        target = _target(hidden.detach(), weight, *teacher, active.divergence, divergence, context)
         result = topk_loss(hidden, weight, target, labels, weights, rule=divergence.rule, **shared)
     elif isinstance(divergence, Pointwise):
         rule = PointwiseRule(divergence.kind, divergence.share, divergence.clip)
@@ -112,7 +117,7 @@ def token_loss(
         name: getattr(result.stats, name)
         for name in measured_by(divergence, has_teacher=teacher is not None, teacher_argmax=teacher_argmax)
     }
-    return TokenLoss(result.loss, columns, result.active)
+    return TokenLoss(result.loss, columns)
 
 
 def _no_target(hidden: Tensor) -> TopKTarget:
@@ -124,10 +129,9 @@ def _no_target(hidden: Tensor) -> TopKTarget:
 
 @torch.no_grad()
 def _teacher_argmax(
-    teacher_hidden: Tensor, teacher_weight: Tensor, labels: Tensor, weights: Tensor, context: LossContext
+    teacher_hidden: Tensor, teacher_weight: Tensor, labels: Tensor, active: Tensor, context: LossContext
 ) -> Tensor:
     """`labels` with the teacher's likeliest token on every active row, int64 [R]."""
-    active = (weights != 0).any(-1).nonzero()[:, 0]
     teacher = one_model_statistics(teacher_hidden[active], teacher_weight, 1, None, context)
     return labels.index_copy(0, active, present(teacher.topk_ids)[:, 0])
 
@@ -138,15 +142,14 @@ def _target(
     weight: Tensor,
     teacher_hidden: Tensor,
     teacher_weight: Tensor,
-    weights: Tensor,
+    tokens: Tensor,
     divergence: TopK,
     context: LossContext,
 ) -> TopKTarget:
-    """Support and teacher of the tokens that have a divergence; empty slots for all others.
+    """Support and teacher of `tokens`, those that have a divergence; empty slots for all others.
 
     The teacher's output layer runs on those tokens only.
     """
-    tokens = (weights[:, [Term.FORWARD_KL, Term.REVERSE_KL]] != 0).any(-1).nonzero()[:, 0]
     student_ids = None
     if divergence.support != "teacher":
         student = one_model_statistics(hidden[tokens], weight, divergence.k, None, context)
@@ -154,9 +157,9 @@ def _target(
     teacher = one_model_statistics(teacher_hidden[tokens], teacher_weight, divergence.k, student_ids, context)
     found = TopKTarget.of(teacher, divergence.support, student_ids)
     width = found.ids.shape[1]
-    ids = torch.full((len(weights), width), NO_ID, dtype=torch.int64, device=hidden.device)
-    logprobs = found.logprobs.new_zeros(len(weights), width)
-    tail_mass = found.tail_mass.new_ones(len(weights))
+    ids = torch.full((len(hidden), width), NO_ID, dtype=torch.int64, device=hidden.device)
+    logprobs = found.logprobs.new_zeros(len(hidden), width)
+    tail_mass = found.tail_mass.new_ones(len(hidden))
     ids[tokens], logprobs[tokens], tail_mass[tokens] = found.ids, found.logprobs, found.tail_mass
     return TopKTarget(ids, logprobs, tail_mass)
 
@@ -188,8 +191,8 @@ def one_model_statistics(
     return finalize_entropy(merged, context.shard.valid, gather_ids=gather_ids)
 
 
-def present(value: Tensor | None) -> Tensor:
-    """A statistic that was asked for. Raises RuntimeError where it is not there."""
+def present(value: _Value | None) -> _Value:
+    """What was asked for before. Raises RuntimeError where it is not there."""
     if value is None:
-        raise RuntimeError("a statistic that was asked for is missing")
+        raise RuntimeError("something that was asked for before is missing")
     return value

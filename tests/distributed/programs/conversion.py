@@ -55,7 +55,7 @@ class Model:
 
         def step(rows: Any, model: Any) -> Any:
             row = next(rows)
-            hidden = forward_row(model, row, torch.device("cpu"))
+            hidden = forward_row(model, row)
 
             def collect(output: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
                 local = self._local_logits(output)
@@ -91,7 +91,7 @@ class Model:
         mine = mine[:, self.built.vocab_start : self.built.vocab_start + width]
 
         def step(rows: Any, model: Any) -> Any:
-            hidden = forward_row(model, next(rows), torch.device("cpu"))
+            hidden = forward_row(model, next(rows))
 
             def loss(output: torch.Tensor) -> Any:
                 total = (self._local_logits(output) * mine).sum()

@@ -96,7 +96,7 @@ def hidden_states(model: Any, rows: list[Any], device: torch.device) -> list[flo
     from sead_megatron.training.pipeline import forward_row, run_rows
 
     def step(remaining: Any, stage: Any) -> Any:
-        return forward_row(stage, next(remaining), device), lambda hidden, non_loss_data=True: hidden[-1, 0]
+        return forward_row(stage, next(remaining)), lambda hidden, non_loss_data=True: hidden[-1, 0]
 
     with torch.no_grad():
         outputs = run_rows(model.module, model.groups, rows, step, train=False)
