@@ -17,6 +17,7 @@ from pathlib import Path
 import yaml
 
 from sead_megatron.errors import UserError
+from sead_megatron.metrics import phase_seconds
 from sead_megatron.records import read_records
 from sead_megatron.summary import summary_rows
 
@@ -45,7 +46,7 @@ def record(run_dir: Path) -> dict[str, object]:
     rows = dict(summary_rows(run_dir))
     rows.pop("run directory")
     metrics = read_records(run_dir / "metrics.jsonl")
-    seconds = sum(value for step in metrics for key, value in step.items() if key.startswith("time/"))
+    seconds = sum(map(phase_seconds, metrics))
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "commit": commit(),

@@ -1,7 +1,8 @@
 """Every key of `metrics.jsonl`: its unit, its meaning, and whether two equal runs must agree on it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from sead_megatron.records import NONFINITE_SUFFIX
 
@@ -22,6 +23,11 @@ _TABLE = [
     Metric("grad_norm", "", "global L2 norm of the gradient before clipping"),
     Metric("lr", "", "learning rate of this update"),
     Metric("skipped_steps", "steps", "updates skipped so far for a non-finite loss or gradient"),
+    Metric(
+        "teacher/nonfinite_tokens",
+        "tokens",
+        "response tokens at which a frozen model gave a NaN or an infinity; only in steps that have some",
+    ),
     Metric(
         "weight_version",
         "",
@@ -129,20 +135,38 @@ _TABLE = [
         "share",
         "right responses to a benchmark of evaluation.benchmarks after this step; one key each, by its file's name",
     ),
-    Metric("time/rollout", "s", "sampling", deterministic=False),
-    Metric("time/teacher", "s", "scoring by the teacher", deterministic=False),
+    Metric("time/step", "s", "wall time from the last record to this one", deterministic=False),
+    Metric("time/rollout", "s", "choice of the prompts and sampling", deterministic=False),
+    Metric("time/grading", "s", "answers of the rollouts graded", deterministic=False),
+    Metric("time/teacher", "s", "scoring by the teachers and the reference model", deterministic=False),
     Metric("time/stats", "s", "forward-only student statistics", deterministic=False),
+    Metric("time/coefficients", "s", "token statistics turned into coefficients", deterministic=False),
     Metric("time/update", "s", "forward, backward and optimizer", deterministic=False),
+    Metric("time/moving_teacher", "s", "the teacher moved after the student", deterministic=False),
     Metric("time/sync", "s", "weights from the trainer to the engine", deterministic=False),
-    Metric("time/checkpoint", "s", "writing a checkpoint", deterministic=False),
+    Metric("time/checkpoint", "s", "the loop held up by a checkpoint", deterministic=False),
     Metric("time/evaluation", "s", "held-out evaluation", deterministic=False),
+    Metric(
+        "time/record",
+        "s",
+        "record and sampled rollouts; what is written after the times were taken counts in the next step",
+        deterministic=False,
+    ),
+    Metric("time/other", "s", "time/step without all phases", deterministic=False),
     Metric(
         "tokens_per_second",
         "tokens/s",
-        "response tokens / time of the step, whole world",
+        "response tokens of the whole world / (time/step - time/evaluation - time/checkpoint)",
         deterministic=False,
     ),
-    Metric("mfu", "share", "model FLOP/s of the update / peak FLOP/s of the devices", deterministic=False),
+    Metric(
+        "mfu",
+        "share",
+        "model FLOP/s of scoring, statistics and update over the seconds of time/teacher, time/stats and time/update "
+        "/ bf16 peak of all devices; 2 FLOPs a weight and token forward, 6 forward and backward, no attention scores, "
+        "no recomputation",
+        deterministic=False,
+    ),
     Metric("memory/peak_bytes", "bytes", "largest peak of memory over the ranks", deterministic=False),
 ]
 
@@ -150,6 +174,29 @@ _TABLE = [
 _OPEN_PREFIXES = ("evaluation/", "domain/")
 
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _TABLE}
+
+OTHER = "other"
+"""What no phase of a step was timed for."""
+
+PHASES = tuple(key.removeprefix("time/") for key in METRICS if key.startswith("time/") and key != "time/step")
+"""Where the seconds of a step go: they add up to `time/step`."""
+
+# They come every so many steps, and would hide how fast the steps are.
+_NOT_TRAINING = ("evaluation", "checkpoint")
+
+
+def phase_seconds(record: Mapping[str, Any]) -> float:
+    """Seconds of a step's record in all phases."""
+    return _seconds(record, PHASES)
+
+
+def training_seconds(record: Mapping[str, Any]) -> float:
+    """Seconds of a step's record without evaluation and checkpoint."""
+    return _seconds(record, (phase for phase in PHASES if phase not in _NOT_TRAINING))
+
+
+def _seconds(record: Mapping[str, Any], phases: Iterable[str]) -> float:
+    return sum(record.get(f"time/{phase}") or 0.0 for phase in phases)
 
 
 def check_keys(keys: Iterable[str]) -> None:

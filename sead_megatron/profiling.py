@@ -246,14 +246,14 @@ class Profile:
 
     @contextmanager
     def phase(self, name: str, timed: AbstractContextManager[None]) -> Iterator[None]:
-        """`timed`, and inside it, in a profiled step, the range of the phase."""
-        with timed:
-            if self._first is None:
+        """`timed`; in a profiled step inside the range of the phase, which then ends when the device is done too."""
+        if self._first is None:
+            with timed:
                 yield
-                return
-            self._timers.phase = name
-            with self._range(name):
-                yield
+            return
+        self._timers.phase = name
+        with self._range(name), timed:
+            yield
 
     @contextmanager
     def _range(self, name: str) -> Iterator[None]:

@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from sead_megatron.metrics import METRICS
+from sead_megatron.metrics import OTHER, PHASES
 
 
 class Progress:
@@ -29,7 +29,8 @@ class Progress:
                 progress.finish_step(record)
 
     `done` is the step that training continues after (0 for a new run): the estimate of the remaining time
-    uses only the steps of this process.
+    uses only the steps of this process. `synchronise` waits until the device has done what was asked of it: on a
+    GPU, where calls return at once, a phase would otherwise end before its work.
     """
 
     def __init__(
@@ -40,13 +41,15 @@ class Progress:
         done: int = 0,
         console: Console | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        synchronise: Callable[[], None] | None = None,
     ) -> None:
         self._steps = steps
         self._enabled = enabled
         self._done = self._done_before = done
         self._console = console or Console(stderr=True)
         self._clock = clock
-        self._started = clock()
+        self._synchronise = synchronise
+        self._started = self._step_started = clock()
         self._phase: str | None = None
         self._status = "starting"
         self._times: dict[str, float] = {}
@@ -70,28 +73,36 @@ class Progress:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time a phase of the step; `time/<name>` must be a metric. The same name twice in a step adds up.
+        """Time a phase of the step, one of `PHASES`, until the device is done. The same twice in a step adds up.
 
         Raises ValueError for an unknown name and RuntimeError inside another phase: seconds would count
         twice.
         """
-        if f"time/{name}" not in METRICS:
-            raise ValueError(f"unknown phase {name!r}: there is no metric time/{name}")
+        if name not in PHASES or name == OTHER:
+            raise ValueError(f"unknown phase {name!r}: add time/{name} to sead_megatron/metrics.py")
         if self._phase is not None:
             raise RuntimeError(f"phase {name!r} inside phase {self._phase!r}")
         self._phase = name
         started = self._clock()
         try:
             yield
+            # Not after an error: the device may never be done.
+            if self._synchronise is not None:
+                self._synchronise()
         finally:
             key = f"time/{name}"
             self._times[key] = self._times.get(key, 0.0) + self._clock() - started
             self._phase = None
 
     def take_times(self) -> dict[str, float]:
-        """Seconds of the phases since the last call, by metric key (`time/rollout`)."""
+        """Seconds since the last call, by metric key: of the phases (`time/rollout`), of all (`time/step`), the rest.
+
+        A step lasts from one call to the next, so that no second is in none and none in two.
+        """
+        now = self._clock()
+        step, self._step_started = now - self._step_started, now
         times, self._times = self._times, {}
-        return times
+        return times | {f"time/{OTHER}": max(step - sum(times.values()), 0.0), "time/step": step}
 
     def status(self, text: str) -> None:
         """Say what happens outside the phases: loading a model, compiling."""
@@ -100,8 +111,12 @@ class Progress:
             self._console.print(Text(text), soft_wrap=True)
 
     def start_training(self) -> None:
-        """Start the clock of the remaining time: loading is over."""
+        """Start the clocks of the first step and of the remaining time: loading is over.
+
+        Phases that were timed before, those of an evaluation of the initial student, are the first step's.
+        """
         self._started = self._clock()
+        self._step_started = self._started - sum(self._times.values())
         self._status = "between phases"
 
     def finish_step(self, record: Mapping[str, Any]) -> None:
@@ -134,6 +149,7 @@ class Progress:
         if zones:
             parts.append("zones " + " ".join(zones))
         for key, form in (
+            ("time/step", "{:,.1f} s"),
             ("tokens_per_second", "{:,.0f} tokens/s"),
             ("evaluation/accuracy", "accuracy {:.1%}"),
         ):

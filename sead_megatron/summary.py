@@ -8,7 +8,7 @@ from rich.table import Table
 
 from sead_megatron.config.load import load_config
 from sead_megatron.errors import UserError
-from sead_megatron.metrics import METRICS
+from sead_megatron.metrics import METRICS, PHASES
 from sead_megatron.records import read_records
 from sead_megatron.run_directory import RunDirectory
 
@@ -107,10 +107,10 @@ def _zone_row(records: Sequence[dict[str, Any]], suffix: str, name: str) -> list
 
 
 def _time_rows(records: Sequence[dict[str, Any]]) -> list[Row]:
-    sums = {key: sum(_values(records, key)) for key in METRICS if key.startswith("time/")}
+    sums = {phase: sum(_values(records, f"time/{phase}")) for phase in PHASES}
     total = sum(sums.values())
     return [
-        (f"time, {key.removeprefix('time/')}", f"{seconds:,.1f} s ({seconds / total:.1%})")
-        for key, seconds in sums.items()
+        (f"time, {phase}", f"{seconds:,.1f} s ({seconds / total:.1%})")
+        for phase, seconds in sums.items()
         if seconds
     ]

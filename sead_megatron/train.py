@@ -11,6 +11,7 @@ import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from rich.console import Console
 
@@ -30,12 +31,13 @@ from sead_megatron.training import step_metrics
 from sead_megatron.training.checkpoint import commit_checkpoint, load_checkpoint, write_checkpoint
 from sead_megatron.training.checkpoint_files import checkpoint_path, checkpoint_steps, read_state
 from sead_megatron.training.facts import rollout_facts
-from sead_megatron.training.flops import device_peak_flops, step_flops
 from sead_megatron.training.job import Job, build_job, run_path
+from sead_megatron.training.nonfinite import Blame
 from sead_megatron.training.scoring import with_reference_column, with_teacher_columns
 from sead_megatron.training.step_plan import StepPlan, plan_step
 from sead_megatron.training.student import Update
 from sead_megatron.training.teachers import Scores
+from sead_megatron.training.throughput import throughput
 from sead_megatron.wandb_logger import WandbLogger
 
 log = logging.getLogger(__name__)
@@ -84,7 +86,9 @@ class Trainer:
         """One optimizer step, its record, and the checkpoint when one is due."""
         job = self.job
         with self.phase("rollout"):
-            rollouts, passed = self.roll_out()
+            rollouts = self.roll_out()
+        with self.phase("grading"):
+            passed = self.grade(rollouts)
         with self.phase("teacher"):
             models = job.models
             plan = plan_step(rollouts, models.student.model.groups.layout, self.teacher_of(rollouts))
@@ -92,24 +96,30 @@ class Trainer:
             table = TokenTable.from_rollouts(rollouts, job.device, self.facts(rollouts, passed))
             table = with_teacher_columns(models, job.objective, plan, scores, table)
             table = with_reference_column(models, plan, table)
+            blame = self.blame(plan, scores, table)
         engine_table = table
         with self.phase("stats"):
             table = self.token_stats(plan, scores, table)
-        coefficients = job.objective.coefficients(table, self.step)
+        with self.phase("coefficients"):
+            coefficients = job.objective.coefficients(table, self.step)
         with self.phase("update"):
-            update = job.models.student.train_step(plan, scores, coefficients)
-        if job.models.moving is not None and update.applied:
-            job.models.moving.follow()
-        self.count_skipped(update)
+            update = models.student.train_step(plan, scores, coefficients)
+        if models.moving is not None and update.applied:
+            with self.phase("moving_teacher"):
+                models.moving.follow()
+        if not update.applied and blame is None:
+            blame = job.frozen.blame_for_columns(plan, update.columns)
+        self.count_skipped(update, blame)
         self.step += 1
         with self.phase("sync"):
             job.sync_weights(self.step)
-        record = self.record(rollouts, passed, engine_table, table, coefficients, update)
+        with self.phase("record"):
+            record = self.record(rollouts, passed, engine_table, table, coefficients, update, blame)
         evaluation = self.evaluation_if_due()
-        self.write(record, evaluation, rollouts, passed, table, coefficients)
+        self.write(record, evaluation, plan, passed, table, coefficients)
 
-    def roll_out(self) -> tuple[list[Rollout], list[bool | None]]:
-        """The step's rollouts in prompt order, on every rank, and whether each has the right answer."""
+    def roll_out(self) -> list[Rollout]:
+        """The step's rollouts in prompt order, on every rank."""
         job = self.job
         batch = job.curriculum.next_batch(self.step)
         if self.is_fixed_batch():
@@ -118,19 +128,26 @@ class Trainer:
             samples = self.config.rollout.samples_per_prompt
             cache = job.cache
             fixed = fixed_rollouts(batch, job.prompts, samples) if cache is None else cache.rollouts(batch)
-            return fixed, [None] * len(fixed)
+            return fixed
         sampling = job.sampling(job.objective.longest_response(self.step))
         indices = [i for i in batch for _ in range(self.config.rollout.samples_per_prompt)]
         seeds = [request_seed(self.config.seed, self.step, i) for i in range(len(indices))]
         prompts = [job.prompts[i] for i in indices]
         generations = generate_everywhere(job.engine, [p.token_ids for p in prompts], seeds, sampling)
-        passed = pass_flags(prompts, generations, job.tokenizer, self.grader)
         job.engine.sleep()
-        rollouts = [
+        return [
             as_rollout(i, prompt.token_ids, generation, job.engine.weight_version, prompt.teacher_token_ids)
             for i, prompt, generation in zip(indices, prompts, generations, strict=True)
         ]
-        return rollouts, passed
+
+    def grade(self, rollouts: list[Rollout]) -> list[bool | None]:
+        """Whether each rollout has the right answer; None where nothing is to be graded."""
+        if self.is_fixed_batch():
+            return [None] * len(rollouts)
+        job = self.job
+        prompts = [job.prompts[rollout.prompt_index] for rollout in rollouts]
+        responses = [rollout.response_ids for rollout in rollouts]
+        return pass_flags(prompts, responses, job.tokenizer, self.grader)
 
     def teacher_of(self, rollouts: list[Rollout]) -> list[int]:
         """The number of the teacher that scores each rollout."""
@@ -180,14 +197,25 @@ class Trainer:
                 columns.pop(name, None)
         return table.with_columns(**columns)
 
-    def count_skipped(self, update: Update) -> None:
-        """Counts steps skipped for a non-finite loss or gradient; too many in a row end the run."""
+    def blame(self, plan: StepPlan, scores: Scores | None, table: TokenTable) -> Blame | None:
+        """What frozen models gave that is not finite, told on rank 0: whatever follows from it is not the student's."""
+        blame = self.job.frozen.blame_for_scores(plan, scores, table, self.job.device)
+        if blame is not None and self._is_head:
+            log.warning("step %d: %s", self.step + 1, blame.message)
+        return blame
+
+    def count_skipped(self, update: Update, blame: Blame | None = None) -> None:
+        """Counts steps skipped for a non-finite loss or gradient; too many in a row end the run.
+
+        `blame`: of the frozen models in this step, which the error names as the cause.
+        """
         self.skipped_in_a_row = 0 if update.applied else self.skipped_in_a_row + 1
         self.skipped_steps += not update.applied
         if self.skipped_in_a_row > self.config.optimizer.max_skipped_steps:
             raise RuntimeError(
                 f"{self.skipped_in_a_row} steps in a row had a non-finite loss or gradient "
                 f"(loss {update.loss}, gradient norm {update.grad_norm})"
+                + (f"; the cause: {blame.message}" if blame else "")
             )
 
     def record(
@@ -198,6 +226,7 @@ class Trainer:
         table: TokenTable,
         coefficients: Coefficients,
         update: Update,
+        blame: Blame | None,
     ) -> dict[str, Any]:
         """The step's record, equal on every rank but for the times (a collective over the world)."""
         job = self.job
@@ -223,6 +252,7 @@ class Trainer:
                 "weight_version": rollouts[0].weight_version,
                 "memory/peak_bytes": step_metrics.peak_memory_bytes(job.device),
             }
+            | ({"teacher/nonfinite_tokens": blame.tokens} if blame else {})
             | step_metrics.active_kl(update)
             | coefficients.metrics
             | step_metrics.rollout_metrics(rollouts, passed)
@@ -259,7 +289,7 @@ class Trainer:
         self,
         record: dict[str, Any],
         evaluation: dict[str, Any] | None,
-        rollouts: list[Rollout],
+        plan: StepPlan,
         passed: list[bool | None],
         table: TokenTable,
         coefficients: Coefficients,
@@ -277,34 +307,26 @@ class Trainer:
                 write_checkpoint(
                     self.run.checkpoints_path, self.step, models.student, self.state(), models.moving
                 )
-        times = self.progress.take_times()
-        record |= times | {"tokens_per_second": table.num_tokens / max(sum(times.values()), 1e-9)}
-        peak = device_peak_flops(job.device)
-        if peak is not None:
-            members = job.models.teachers.members
-            pairs = zip(self.teacher_of(rollouts), rollouts, strict=True)
-            scored = [(members[i].config, rollout.length) for i, rollout in pairs] if members else []
-            tokens = sum(rollout.length for rollout in rollouts)
-            flops = step_flops(job.models.student.model.config, tokens, scored)
-            seconds = times["time/teacher"] + times["time/update"]
-            record["mfu"] = flops / (seconds * peak * dist.get_world_size())
-        if evaluation is not None:
-            if "accuracy" in evaluation:
-                record["evaluation/accuracy"] = evaluation["accuracy"]
-            for name, result in evaluation.get("benchmarks", {}).items():
-                record[f"evaluation/{name}"] = result["score"]
-        metric_table.check_keys(record)
-        if self._is_head:
-            if limit := config.metrics.rollout_samples:
+        with self.phase("record"):
+            if (limit := config.metrics.rollout_samples) and self._is_head:
                 samples = step_metrics.rollout_records(
-                    rollouts, job.prompts, passed, table, coefficients, job.tokenizer, limit
+                    plan.rollouts, job.prompts, passed, table, coefficients, job.tokenizer, limit
                 )
                 self.run.write_rollouts(self.step, samples)
-            self.run.append_metrics(record)
-            for logger in self._loggers:
-                logger.log(record)
+        times = self.progress.take_times()
+        record |= times | throughput(
+            times, plan, job.models, job.device, measured=table.student_logprob is not None
+        )
+        record |= step_metrics.evaluation_metrics(evaluation)
+        metric_table.check_keys(record)
+        if self._is_head:
+            with self.phase("record"):
+                self.run.append_metrics(record)
+                for logger in self._loggers:
+                    logger.log(record)
             if checkpoint_due:
-                commit_checkpoint(self.run.checkpoints_path, self.step, config.checkpoint.keep)
+                with self.phase("checkpoint"):
+                    commit_checkpoint(self.run.checkpoints_path, self.step, config.checkpoint.keep)
         self.progress.finish_step(record)
 
     def state(self) -> dict[str, Any]:
@@ -347,8 +369,10 @@ def main(config: TrainConfig) -> None:
     steps = checkpoint_steps(run.checkpoints_path)
     done = steps[-1] if steps else 0
     if done < config.steps:
+        synchronise = torch.cuda.synchronize if config.device == "cuda" else None
+        progress = Progress(config.steps, enabled=head, done=done, synchronise=synchronise)
         # The grader's worker starts first, while this process holds nothing yet.
-        with Grader() as grader, Progress(config.steps, enabled=head, done=done) as progress:
+        with Grader() as grader, progress:
             job = build_job(config, progress.status)
             Trainer(job, run, progress, grader).train()
         if job.optional_engine is not None:

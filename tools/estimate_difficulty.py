@@ -117,7 +117,7 @@ def estimate(config: TrainConfig, file: DifficultyFile, samples: int, per_call: 
             seeds = [request_seed(config.seed, _SEED_STREAM, *key) for key in keys]
             asked = [prompts[i] for i, _ in keys]
             generations = generate_everywhere(engine, [p.token_ids for p in asked], seeds, sampling)
-            passed = pass_flags(asked, generations, tokenizer, grader)
+            passed = pass_flags(asked, [g.token_ids for g in generations], tokenizer, grader)
             if head:
                 rates = [
                     sum(map(bool, passed[at : at + samples])) / samples for at in range(0, len(keys), samples)

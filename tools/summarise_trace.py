@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from sead_megatron.errors import UserError
-from sead_megatron.metrics import METRICS
+from sead_megatron.metrics import PHASES
 
-_PHASES = [name.removeprefix("time/") for name in METRICS if name.startswith("time/")]
 # Torch marks ranges of its own in the same way, for example `Optimizer.step#Adam.step`.
-_OURS = re.compile(rf"step/\d+|(?:{'|'.join(_PHASES)})(?:/[a-z-]+(?:/\d+)?)?")
+_OURS = re.compile(rf"step/\d+|(?:{'|'.join(PHASES)})(?:/[a-z-]+(?:/\d+)?)?")
 
 
 @dataclass

@@ -13,6 +13,7 @@ from cells import COMPONENTS
 from scipy.stats import t as student_t
 from task import expression_of, fork_positions, is_valid_solution
 
+from sead_megatron.metrics import phase_seconds
 from sead_megatron.records import read_records
 
 Cells = dict[str, dict[int, float]]
@@ -100,7 +101,7 @@ def numbers(directory: Path) -> dict[str, float]:
         "accuracy": accuracy[steps],
         "accuracy/before": accuracy[0],
         "accuracy/while_training": fmean(value for step, value in accuracy.items() if step),
-        "seconds": sum(value for row in metrics for key, value in row.items() if key.startswith("time/")),
+        "seconds": sum(map(phase_seconds, metrics)),
         **entropies_at_forks(directory, steps),
     }
     for key in (

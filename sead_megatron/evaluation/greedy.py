@@ -5,26 +5,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch.distributed as dist
 
 from sead_megatron.data.types import Prompt
 from sead_megatron.evaluation.grader import Grader
 from sead_megatron.models.tokenizer import Tokenizer
 from sead_megatron.rollout.collect import generate_everywhere
-from sead_megatron.rollout.engine import Generation, RolloutEngine, Sampling
+from sead_megatron.rollout.engine import RolloutEngine, Sampling
 
 
 def pass_flags(
-    prompts: Sequence[Prompt], generations: Sequence[Generation], tokenizer: Tokenizer, grader: Grader
+    prompts: Sequence[Prompt],
+    responses: Sequence[npt.NDArray[np.int32]],
+    tokenizer: Tokenizer,
+    grader: Grader,
 ) -> list[bool | None]:
-    """Whether each response has the right final answer (None without a gold answer), on every rank.
+    """Whether each response, its tokens, has the right final answer (None without a gold answer), on every rank.
 
     A collective over the world: grading is dealt out over the ranks.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     mine: dict[int, bool | None] = dict.fromkeys(range(rank, len(prompts), world))
     pairs = {
-        i: (tokenizer.decode(generations[i].token_ids.tolist()), answer)
+        i: (tokenizer.decode(responses[i].tolist()), answer)
         for i in mine
         if (answer := prompts[i].answer) is not None
     }
@@ -48,7 +53,7 @@ def evaluate_greedy(
     generations = generate_everywhere(
         engine, [prompt.token_ids for prompt in prompts], [0] * len(prompts), sampling
     )
-    flags = pass_flags(prompts, generations, tokenizer, grader)
+    flags = pass_flags(prompts, [g.token_ids for g in generations], tokenizer, grader)
     correct = sum(bool(flag) for flag in flags)
     return {
         "step": step,

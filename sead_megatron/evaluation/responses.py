@@ -41,7 +41,7 @@ def respond(sampler: Sampler, benchmark: str, prompts: Sequence[Prompt]) -> list
     ]
     ids = [prompt.token_ids for prompt in requests]
     generations = generate_everywhere(sampler.engine, ids, seeds, sampler.sampling)
-    flags = pass_flags(requests, generations, sampler.tokenizer, sampler.grader)
+    flags = pass_flags(requests, [g.token_ids for g in generations], sampler.tokenizer, sampler.grader)
     return [
         _graded(sampler, prompt, generations[i * n : i * n + n], flags[i * n : i * n + n])
         for i, prompt in enumerate(prompts)

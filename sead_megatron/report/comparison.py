@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from sead_megatron.config import TrainConfig
 from sead_megatron.evaluation.estimators import Interval, wilson
+from sead_megatron.metrics import phase_seconds, training_seconds
 from sead_megatron.objectives.opd import OpdObjective
 from sead_megatron.objectives.sead import SeadObjective
 from sead_megatron.report.loading import Run, number
@@ -120,7 +121,8 @@ def compare(runs: Sequence[Run]) -> list[ComparedRun]:
     for i, (run, final) in enumerate(zip(runs, finals, strict=True)):
         accuracies = evaluated(run)
         entropies = run.series("entropy/student")[1]
-        seconds = sum(sum(number(r, key) or 0.0 for key in r if key.startswith("time/")) for r in run.metrics)
+        times = [{key: number(r, key) for key in r} for r in run.metrics]
+        training = sum(map(training_seconds, times))
         tokens = sum(run.series("tokens/response")[1])
         rows.append(
             ComparedRun(
@@ -135,8 +137,8 @@ def compare(runs: Sequence[Run]) -> list[ComparedRun]:
                 entropy=(entropies[0], entropies[-1]) if entropies else None,
                 pass_rate=_late_mean(run, "rollout/pass_rate"),
                 length=_late_mean(run, "rollout/length_mean"),
-                tokens_per_second=tokens / seconds if seconds and tokens else math.nan,
-                seconds=seconds,
+                tokens_per_second=tokens / training if training and tokens else math.nan,
+                seconds=sum(map(phase_seconds, times)),
             )
         )
     return rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sead_megatron.metrics import METRICS
+from sead_megatron.metrics import METRICS, PHASES
 from sead_megatron.report.charts import (
     BOTTOM,
     LEFT,
@@ -27,7 +27,6 @@ from sead_megatron.report.loading import Run, evenly, number
 COLOURS = 6
 """Runs have the classes run-0 ... run-5; the seventh starts again, dashed."""
 _BARS = 120
-PHASES = tuple(key.removeprefix("time/") for key in METRICS if key.startswith("time/"))
 
 
 def colour(index: int) -> str:

@@ -1,4 +1,4 @@
-"""Model FLOP/s of scoring and update against what the devices could do."""
+"""Model FLOPs of scoring, statistics and update, and what the devices could do."""
 
 from __future__ import annotations
 
@@ -25,13 +25,16 @@ def _layer_matrices(config: HFConfig, layer: LayerConfig) -> int:
     return config.hidden_size * widths
 
 
-def step_flops(student: HFConfig, tokens: int, scored: Iterable[tuple[HFConfig, int]]) -> float:
+def step_flops(
+    student: HFConfig, tokens: int, scored: Iterable[tuple[HFConfig, int]], measured: bool = False
+) -> float:
     """FLOPs of updating on `tokens` prompt and response tokens, and of scoring: each teacher and its tokens.
 
     2 per weight and token forward and 4 backward; attention scores, recomputation and sampling are not counted.
+    `measured`: a forward-only pass of the student comes before the update.
     """
     scoring = sum(2.0 * matmul_parameters(teacher) * count for teacher, count in scored)
-    return 6.0 * matmul_parameters(student) * tokens + scoring
+    return (8.0 if measured else 6.0) * matmul_parameters(student) * tokens + scoring
 
 
 def device_peak_flops(device: torch.device) -> float | None:

@@ -30,6 +30,7 @@ from sead_megatron.profiling import Profile, build_profile
 from sead_megatron.rollout.engine import RolloutEngine, Sampling
 from sead_megatron.training.cached_responses import CachedResponses
 from sead_megatron.training.models import Models, build_models
+from sead_megatron.training.nonfinite import FrozenModels
 
 # Longer than the slowest collective of a healthy run (waiting for the longest rollout), short enough to end a dead one.
 _COLLECTIVE_TIMEOUT = timedelta(minutes=60)
@@ -67,6 +68,11 @@ class Job:
         if self.optional_engine is None:
             raise RuntimeError("a run without an engine was asked to sample")
         return self.optional_engine
+
+    @property
+    def frozen(self) -> FrozenModels:
+        """The frozen models as they are called in messages."""
+        return FrozenModels.of(self.config, self.prompts)
 
     @property
     def rank(self) -> int:

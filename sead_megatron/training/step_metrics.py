@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -51,6 +51,15 @@ def engine_trainer_differences(engine: TokenTable, table: TokenTable, update: Up
         metrics[f"{name}_mean"] = float(difference.mean())
         metrics[f"{name}_max"] = float(difference.max())
     return metrics
+
+
+def evaluation_metrics(evaluation: Mapping[str, Any] | None) -> dict[str, float]:
+    """What a record of `evaluations.jsonl` adds to the step's."""
+    if evaluation is None:
+        return {}
+    metrics = {"evaluation/accuracy": evaluation["accuracy"]} if "accuracy" in evaluation else {}
+    scores = evaluation.get("benchmarks", {}).items()
+    return metrics | {f"evaluation/{name}": result["score"] for name, result in scores}
 
 
 def active_kl(update: Update) -> dict[str, float]:

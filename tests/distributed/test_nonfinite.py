@@ -13,6 +13,7 @@ CASES: list[dict[str, Any]] = [
     {"student": [1, 1], "teacher": [1, 1], "victim": 0, "distributed": False, "dtype": "bfloat16"},
     {"student": [2, 1], "teacher": [1, 2], "victim": 1},
     {"student": [1, 2], "teacher": [1, 1], "victim": 1},
+    {"student": [1, 1], "teacher": [2, 1], "victim": 0, "poisoned": "output"},
 ]
 
 
@@ -21,7 +22,8 @@ def test_a_nan_on_one_rank_skips_the_step_everywhere(tmp_path: Path) -> None:
 
     No rank may apply the step: weights and optimizer state stay bit for bit, the step counts as skipped, and the
     next finite step equals the one that would have come. With max_skipped_steps 1 a second one in a row raises on
-    every rank, naming loss and gradient norm.
+    every rank, naming loss and gradient norm, and the teacher as the cause: which, how many tokens, the first's prompt.
+    A NaN in its output layer, which a replica's every token meets, shows in the statistics.
     """
     small: dict[str, Any] = {
         "hidden_size": 32,
@@ -45,3 +47,13 @@ def test_a_nan_on_one_rank_skips_the_step_everywhere(tmp_path: Path) -> None:
             case
         )
         assert "gradient norm" in twice["error"], case
+        output_layer = case.get("poisoned") == "output"
+        cause = (
+            f"the teacher {teacher} gave non-finite {'statistics' if output_layer else 'hidden states'} for "
+        )
+        assert never["blame"] == [None] * 3 and once["blame"][::2] == [None] * 2, case
+        told = once["blame"][1]
+        assert told.startswith(cause) and told.endswith(f"in the response to prompt {once['first']!r}"), case
+        count = int(told.removeprefix(cause).split()[0])
+        assert (1 < count < once["tokens"]) if output_layer else count == 1, case
+        assert twice["error"].endswith(f"; the cause: {told}"), case

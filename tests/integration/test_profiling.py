@@ -23,7 +23,20 @@ JOB = {
     "evaluation": {"every": 2},
 }
 # Phases of step 2, in order; a checkpoint and an evaluation are due after it, and after neither step 1 nor step 3.
-PHASES = ["rollout", "teacher", "stats", "update", "sync", "evaluation", "checkpoint"]
+PHASES = [
+    *(
+        "rollout",
+        "grading",
+        "teacher",
+        "stats",
+        "coefficients",
+        "update",
+        "sync",
+        "record",
+        "evaluation",
+        "checkpoint",
+    ),
+]
 
 
 def _ranges(trace: Path) -> list[str]:
@@ -57,8 +70,9 @@ def test_one_step_on_the_last_rank(tmp_path: Path) -> None:
     ranges = _ranges(traces[0])
     assert [name for name in ranges if name.startswith("step/")] == ["step/2"]
     assert ranges[0] == "step/2"
-    assert [name for name in ranges if "/" not in name] == PHASES
-    assert _times(records["profiled"][1]) == set(PHASES)  # a phase that is timed is a range
+    assert [name for name in ranges if "/" not in name] == [*PHASES, "record"]
+    # A phase that is timed is a range.
+    assert _times(records["profiled"][1]) == {*PHASES, "other", "step"}
     every = Counter(
         f"{phase}/forward/{i}" for phase in ("teacher", "stats", "update") for i in range(PROMPTS)
     )

@@ -6,7 +6,8 @@ import gzip
 import importlib.util
 import json
 import logging
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -118,6 +119,21 @@ def test_steps_that_were_done_before(done: int, warned: bool, caplog: pytest.Log
     with caplog.at_level(logging.WARNING):
         profile.resume(done)
     assert ("steps 2 to 4 were done before" in caplog.text) == warned
+
+
+def test_a_range_ends_with_the_time_of_its_phase() -> None:
+    """The time ends when the device is done: kernels would else run on behind their range."""
+    profile, capture, *_ = make(1, 2)
+
+    @contextmanager
+    def timed() -> Iterator[None]:
+        yield
+        capture.calls.append(f"{'  ' * capture.depth}device done")
+
+    for step in (1, 2):
+        with profile.step(step), profile.phase("update", timed()):
+            pass
+    assert capture.calls == ["start", "step/1", "  update", "    device done", "stop 1 2", "device done"]
 
 
 def test_a_failing_step_closes_its_ranges() -> None:

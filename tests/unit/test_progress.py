@@ -32,6 +32,7 @@ RECORD = {
     "zone/a_share": 0.5,
     "zone/b_share": 0.4,
     "zone/c_share": 0.1,
+    "time/step": 2.25,
     "tokens_per_second": 1234.5,
 }
 
@@ -46,8 +47,46 @@ def test_phases_add_up_and_are_taken_once(enabled: bool) -> None:
     with pytest.raises(KeyError), progress.phase("update"):
         clock.now += 2.0
         raise KeyError
-    assert progress.take_times() == {"time/rollout": 1.75, "time/update": 2.0}
-    assert progress.take_times() == {}
+    clock.now += 0.5
+    assert progress.take_times() == {
+        "time/rollout": 1.75,
+        "time/update": 2.0,
+        "time/other": 0.5,
+        "time/step": 4.25,
+    }
+    clock.now += 3.0
+    assert progress.take_times() == {"time/other": 3.0, "time/step": 3.0}
+
+
+def test_a_phase_before_the_first_step_is_the_first_steps() -> None:
+    """Loading is not: the evaluation of the initial student is."""
+    clock = Clock()
+    progress, _ = make(clock)
+    clock.now += 1000.0
+    with progress.phase("evaluation"):
+        clock.now += 7.0
+    clock.now += 20.0
+    progress.start_training()
+    clock.now += 1.0
+    assert progress.take_times() == {"time/evaluation": 7.0, "time/other": 1.0, "time/step": 8.0}
+
+
+def test_a_phase_ends_when_the_device_is_done() -> None:
+    """The device is asked inside the phase's seconds, once, and not where the phase failed."""
+    clock = Clock()
+    asked = []
+
+    def synchronise() -> None:
+        asked.append(clock.now)
+        clock.now += 4.0
+
+    progress = Progress(8, enabled=False, clock=clock, synchronise=synchronise)
+    with progress.phase("teacher"):
+        clock.now += 1.0
+    with pytest.raises(KeyError), progress.phase("update"):
+        raise KeyError
+    times = progress.take_times()
+    assert (times["time/teacher"], times["time/update"], asked) == (5.0, 0.0, [101.0])
 
 
 def test_nested_and_unknown_phases_are_refused() -> None:
@@ -58,11 +97,12 @@ def test_nested_and_unknown_phases_are_refused() -> None:
         progress.phase("update"),
     ):
         pass
-    with pytest.raises(ValueError, match="no metric time/rolout"), progress.phase("rolout"):
-        pass
+    for name in ("rolout", "step", "other"):
+        with pytest.raises(ValueError, match=f"unknown phase '{name}'"), progress.phase(name):
+            pass
     with progress.phase("update"):  # the refusals left no phase open
         pass
-    assert progress.take_times().keys() == {"time/rollout", "time/update"}
+    assert progress.take_times().keys() == {f"time/{name}" for name in ("rollout", "update", "other", "step")}
 
 
 def test_plain_line_of_a_step() -> None:
@@ -77,7 +117,7 @@ def test_plain_line_of_a_step() -> None:
         progress.finish_step({"step": 4, "loss": float("nan"), "evaluation/accuracy": 0.25})
     assert out.getvalue().splitlines() == [
         "loading the teacher",
-        "step 3/8  loss 0.1235  H_s 1.500  H_t 0.750  zones A 50% B 40% C 10%  1,234 tokens/s  ETA 0:50",
+        "step 3/8  loss 0.1235  H_s 1.500  H_t 0.750  zones A 50% B 40% C 10%  2.2 s  1,234 tokens/s  ETA 0:50",
         "step 4/8  loss nan  accuracy 25.0%  ETA 0:27",
     ]
 
@@ -102,7 +142,7 @@ def test_terminal_shows_phase_and_last_accuracy() -> None:
     assert isinstance(shown.file, io.StringIO)
     text = " ".join(shown.file.getvalue().split())
     assert text == (
-        "step 5: teacher step 4/8 loss 0.1235 H_s 1.500 H_t 0.750 zones A 50% B 40% C 10% 1,234 tokens/s "
+        "step 5: teacher step 4/8 loss 0.1235 H_s 1.500 H_t 0.750 zones A 50% B 40% C 10% 2.2 s 1,234 tokens/s "
         "accuracy 50.0% ETA 0:00"
     )
     assert "\x1b[?25l" in out.getvalue() and "\x1b[?25h" in out.getvalue()  # cursor hidden, and shown again

@@ -29,6 +29,8 @@ def finished_run(tmp_path: Path) -> RunDirectory:
                 "rollout/logprob_diff_max": diff,
                 "time/rollout": 6.0,
                 "time/update": 2.0 * step,
+                "time/other": 0.5,
+                "time/step": 6.5 + 2.0 * step,
             }
         )
     run.append_evaluation(
@@ -49,8 +51,9 @@ def test_rows(tmp_path: Path) -> None:
         ("loss, first -> last step", "1.0000 -> 0.5000 nats"),
         ("zones A / B / C, share of tokens", "50.0% / 30.0% / 20.0%"),
         ("engine - trainer logprob, max", "3.00e-05 nats"),
-        ("time, rollout", "12.0 s (66.7%)"),
-        ("time, update", "6.0 s (33.3%)"),
+        ("time, rollout", "12.0 s (63.2%)"),
+        ("time, update", "6.0 s (31.6%)"),
+        ("time, other", "1.0 s (5.3%)"),
         ("run directory", str(run.path)),
     ]
 

@@ -12,15 +12,26 @@ import torch.distributed as dist
 from update import config_of, fixed_rollouts
 
 
-def poisoned(scores: Any, victim: int) -> Any:
-    """Scores whose first hidden state is NaN on one rank."""
+def poisoned(scores: Any, victim: int, field: str) -> Any:
+    """Scores whose first hidden state, or whose output layer's first weight, is NaN on one rank."""
     if dist.get_rank() == victim:
         assert scores is not None, "the victim computes no loss"
         (part,) = scores.parts
-        hidden = part.hidden.clone()
-        hidden[0, 0] = float("nan")
-        scores = dataclasses.replace(scores, parts=[dataclasses.replace(part, hidden=hidden)])
+        values = getattr(part, field).clone()
+        values[0, 0] = float("nan")
+        scores = dataclasses.replace(scores, parts=[dataclasses.replace(part, **{field: values})])
     return scores
+
+
+def first_prompt(plan: Any, scores: Any, victim: int) -> str:
+    """The prompt of the victim's first response token, on every rank."""
+    found = [""]
+    if dist.get_rank() == victim:
+        token = int(scores.parts[0].token_index[0])
+        rollout = next(i for i, end in enumerate(plan.offsets[1:].tolist()) if token < end)
+        found = [f"p{rollout}"]
+    dist.broadcast_object_list(found, src=victim)
+    return found[0]
 
 
 def state_of(student: Any) -> list[torch.Tensor]:
@@ -46,6 +57,7 @@ def run_steps(
     from sead_megatron.parallel.groups import destroy_groups
     from sead_megatron.train import Trainer
     from sead_megatron.training.models import build_models
+    from sead_megatron.training.nonfinite import FrozenModels
     from sead_megatron.training.step_plan import plan_step
 
     config = config_of({"max_tokens": 128, "packing": True} | case, student_path, teacher_path)
@@ -55,23 +67,35 @@ def run_steps(
     models = build_models(config, torch.device("cpu"))
     student = models.student
     trainer = Trainer(SimpleNamespace(config=config, rank=dist.get_rank()), None, None, None)  # type: ignore[arg-type]
-    plan = plan_step(fixed_rollouts(0), student.model.groups.layout)
+    rollouts = [dataclasses.replace(r, prompt_index=i) for i, r in enumerate(fixed_rollouts(0))]
+    plan = plan_step(rollouts, student.model.groups.layout)
+    frozen = FrozenModels.of(config, [SimpleNamespace(id=f"p{i}") for i in range(len(rollouts))])  # type: ignore[misc]
+    field = case.get("poisoned", "hidden")
     scores = models.teachers.score(plan)
     table = TokenTable.from_rollouts(plan.rollouts, "cpu").with_columns(**student.token_stats(plan, scores))
     coefficients = build_objective(config.objective, 3).coefficients(table, 0)
     # Every token takes part, so that the poisoned one does.
     coefficients = dataclasses.replace(coefficients, weights=coefficients.weights.clone().fill_(0.25))
     result: dict[str, Any] = {"applied": [], "unchanged": [], "counted": [], "loss": [], "error": ""}
+    result |= {"blame": [], "first": first_prompt(plan, scores, case["victim"]), "tokens": plan.num_tokens}
+    engine_table = TokenTable.from_rollouts(plan.rollouts, "cpu")
     for step in range(3):
         before = state_of(student)
-        given = poisoned(scores, case["victim"]) if step in poison else scores
+        given = poisoned(scores, case["victim"], field) if step in poison else scores
+        blame = frozen.blame_for_scores(plan, given, engine_table, student.device)
         update = student.train_step(plan, given, coefficients)
         same = len(before) == len(state_of(student)) and all(map(torch.equal, before, state_of(student)))
         result["applied"].append([everywhere(update.applied), everywhere(not update.applied)])
         result["unchanged"].append(everywhere(same))
         result["loss"].append(update.loss)
+        if blame is None and not update.applied:
+            blame = frozen.blame_for_columns(plan, update.columns)
+        messages: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(messages, None if blame is None else blame.message)
+        assert len(set(messages)) == 1, messages
+        result["blame"].append(messages[0])
         try:
-            trainer.count_skipped(update)
+            trainer.count_skipped(update, blame)
         except RuntimeError as error:
             result["error"] = str(error)
         result["counted"].append(trainer.skipped_steps)
