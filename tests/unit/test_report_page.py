@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from sead_megatron import __main__ as cli
+from sead_megatron.metrics import PHASES
 from sead_megatron.report import charts, loading, token_figures, viewer, write_report
 from sead_megatron.report.categories import CATEGORIES
 from sead_megatron.report.charts import Axis, Line, line_chart, linear_axis, log_axis, tick_label
@@ -248,6 +249,13 @@ def test_long_rollouts_and_many_steps_are_cut(tmp_path: Path, monkeypatch: pytes
     (loaded,) = load_runs([run.path])
     assert list(loaded.rollouts) == [1, 5, 10]
     assert "Rollouts of 3 of 10 steps are read: the files are large." in loaded.gaps
+
+
+def test_every_phase_has_a_colour_by_day_and_by_night() -> None:
+    css = (Path(charts.__file__).parent / "templates/report.css").read_text()
+    for phase in PHASES:
+        assert f".phase-{phase} {{" in css, phase
+        assert css.count(f"--phase-{phase}: #") == 2, phase
 
 
 def test_the_document_names_the_limits() -> None:
