@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +17,6 @@ from sead_megatron.data.curriculum import Curriculum, build_curriculum
 from sead_megatron.data.difficulty import read_difficulties
 from sead_megatron.data.tokenised import benchmark_prompts, evaluation_prompts, training_prompts
 from sead_megatron.data.types import Prompt
-from sead_megatron.errors import UserError
 from sead_megatron.evaluation.grader import Grader
 from sead_megatron.evaluation.responses import Sampler
 from sead_megatron.models.export import HFStream
@@ -26,17 +24,12 @@ from sead_megatron.models.tokenizer import Tokenizer, load_tokenizer
 from sead_megatron.objectives import build_objective
 from sead_megatron.objectives.base import Objective
 from sead_megatron.parallel import megatron_on_cpu
+from sead_megatron.parallel.network import check_reachable, connect
 from sead_megatron.profiling import Profile, build_profile
 from sead_megatron.rollout.engine import RolloutEngine, Sampling
 from sead_megatron.training.cached_responses import CachedResponses
 from sead_megatron.training.models import Models, build_models
 from sead_megatron.training.nonfinite import FrozenModels
-
-# Longer than the slowest collective of a healthy run (waiting for the longest rollout), short enough to end a dead one.
-_COLLECTIVE_TIMEOUT = timedelta(minutes=60)
-
-# Of ranks that have all passed the rendezvous and loaded nothing yet.
-_FIRST_COLLECTIVE_TIMEOUT = timedelta(minutes=5)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,41 +98,13 @@ def init_world(kind: Literal["cuda", "cpu"]) -> torch.device:
     if kind == "cpu":
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         device = torch.device("cpu")
-        dist.init_process_group("gloo", timeout=_COLLECTIVE_TIMEOUT)
+        connect("gloo")
     else:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", timeout=_COLLECTIVE_TIMEOUT, device_id=device)
+        connect("nccl", device)
     check_reachable(device)
     return device
-
-
-def check_reachable(device: torch.device, timeout: timedelta = _FIRST_COLLECTIVE_TIMEOUT) -> None:
-    """A first all-reduce over the world, before anything is loaded.
-
-    Raises UserError when it does not come back in time: ranks that met at the rendezvous may still be unable to reach
-    each other over the network interface that the backend chose.
-    """
-    backend = dist.get_backend()
-    count = torch.ones(1, device=device)
-    try:
-        work = dist.all_reduce(count, async_op=True)
-        work.wait(timeout)
-        arrived = int(count)
-    except RuntimeError as error:
-        interface = "NCCL_SOCKET_IFNAME" if backend == "nccl" else "GLOO_SOCKET_IFNAME"
-        raise UserError(
-            "network",
-            f"{dist.get_world_size()} ranks over {backend}",
-            f"the first all-reduce did not come back within {timeout.total_seconds():g} s ({_first_line(error)})",
-            f"set {interface} to an interface that all nodes share, and look for a rank that did not start",
-        ) from error
-    if arrived != dist.get_world_size():
-        raise RuntimeError(f"an all-reduce of ones over {dist.get_world_size()} ranks gave {arrived}")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:120]
 
 
 def build_engine(config: TrainConfig) -> RolloutEngine:
