@@ -131,9 +131,12 @@ def _load_and_check(options: argparse.Namespace, world_size: int) -> tuple[Train
 
 def _preflight(config: TrainConfig, local_world_size: int, world_size: int) -> None:
     # Imports torch: only after everything that can be found without.
+    from sead_megatron.packages import describe_layers
     from sead_megatron.preflight import preflight
 
     preflight(config, local_world_size, world_size)
+    if config.device == "cuda":
+        print(describe_layers(config))
 
 
 def _train(arguments: Sequence[str]) -> int:

@@ -13,7 +13,6 @@ from sead_kernels.split_kl import backend_name
 from transformers.utils import logging as transformers_logging
 
 from sead_megatron.config import TrainConfig
-from sead_megatron.config.schema import FP8_RECIPES
 from sead_megatron.data.tokenised import benchmark_prompts, evaluation_prompts, training_prompts
 from sead_megatron.data.types import Prompt
 from sead_megatron.errors import UserError
@@ -25,18 +24,8 @@ from sead_megatron.models.registry import FAMILIES
 from sead_megatron.models.safetensors_index import check_tensors, read_index
 from sead_megatron.models.stored_tensors import find_parameters, read_metadata
 from sead_megatron.models.tokenizer import load_tokenizer
+from sead_megatron.packages import check_packages
 from sead_megatron.records import read_records
-from sead_megatron.requirements import (
-    MEGATRON,
-    MODELOPT,
-    TENSORBOARD,
-    TRANSFORMER_ENGINE,
-    VLLM,
-    VLLM_ON_CPU,
-    WANDB,
-    check_built_for_torch,
-    check_installed,
-)
 from sead_megatron.resources import check_disk, check_memory
 from sead_megatron.rollout.environment import check_environment
 from sead_megatron.run_directory import RunDirectory
@@ -80,21 +69,7 @@ def _check_machine(config: TrainConfig, local_world_size: int) -> None:
             )
     if config.loads_engine:
         check_environment()
-    engine = [VLLM if config.device == "cuda" else VLLM_ON_CPU] if config.loads_engine else []
-    requirements = [MEGATRON, *engine]
-    teacher = config.precision.teacher if config.teachers else None
-    if FP8_RECIPES.keys() & {config.precision.student, teacher}:
-        requirements.append(TRANSFORMER_ENGINE)
-    if teacher == "modelopt_fp8":
-        requirements.append(MODELOPT)
-    if config.metrics.wandb != "off":
-        requirements.append(WANDB)
-    if config.metrics.tensorboard:
-        requirements.append(TENSORBOARD)
-    for requirement in requirements:
-        check_installed(requirement)
-    for requirement in engine:
-        check_built_for_torch(requirement)
+    check_packages(config)
     # Before the ranks start: one process builds what all of them load.
     try:
         backend_name(config.kernel.backend, torch.device(config.device))

@@ -48,6 +48,8 @@ MODELOPT = Requirement(
     ">=0.47,<0.48",  # takes the parallel groups of a model from its layers' `_parallel_state`
     "pip install nvidia-modelopt==0.47.0, or use another precision.teacher",
 )
+FUSED_GRADIENTS = "fused_weight_gradient_mlp_cuda"
+"""apex's module with which Megatron's own linear layers add weight gradients to float32 buffers."""
 WANDB = Requirement(("wandb",), "wandb", ">=0.22", "pip install 'wandb>=0.22', or set metrics.wandb to off")
 TENSORBOARD = Requirement(
     ("tensorboard",),
@@ -57,24 +59,29 @@ TENSORBOARD = Requirement(
 )
 
 
-def check_installed(requirement: Requirement) -> None:
-    """Raises UserError when the package is missing or of another version. It is not imported."""
-    version = None
-    for name in requirement.distributions:
+def installed(distributions: Sequence[str]) -> tuple[str, str] | None:
+    """(name, version) of the first of these distributions that is installed."""
+    for name in distributions:
         try:
-            version = metadata.version(name)
-            break
+            return name, metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    if version is None:
+    return None
+
+
+def check_installed(requirement: Requirement) -> None:
+    """Raises UserError when the package is missing or of another version. It is not imported."""
+    found = installed(requirement.distributions)
+    if found is None:
         # A source tree on PYTHONPATH has no version to compare. A plain folder of that name is no package.
-        if not _is_importable(requirement.module):
+        if not is_importable(requirement.module):
             raise UserError(requirement.distributions[0], None, "not installed", requirement.remedy)
-    elif not SpecifierSet(requirement.versions).contains(version, prereleases=True):
-        raise UserError(name, version, f"must be {requirement.versions}", requirement.remedy)
+    elif not SpecifierSet(requirement.versions).contains(found[1], prereleases=True):
+        raise UserError(*found, f"must be {requirement.versions}", requirement.remedy)
 
 
-def _is_importable(module: str) -> bool:
+def is_importable(module: str) -> bool:
+    """Whether there is a module of that name, a folder of its name aside. It is not imported."""
     parent = module.partition(".")[0]
     if importlib.util.find_spec(parent) is None:
         return False
@@ -82,33 +89,33 @@ def _is_importable(module: str) -> bool:
     return spec is not None and spec.origin is not None
 
 
-def check_built_for_torch(requirement: Requirement) -> None:
-    """Raises UserError when the package was built against another torch than the one that is imported.
+def check_companions(requirement: Requirement) -> None:
+    """Raises UserError when torch or transformers is not what the package is made for.
 
     Compared are releases: NVIDIA's 2.13.0a0+... is the torch of vLLM's `torch==2.13.0`, and its builds against it
     work, though version rules sort it below.
     """
-    name = next((n for n in requirement.distributions if _is_installed(n)), None)
-    if name is None:
+    found = installed(requirement.distributions)
+    if found is None:
         return
-    release = ".".join(map(str, Version(torch.__version__).release))
+    name, version = found
     for wanted in map(PackageRequirement, metadata.requires(name) or ()):
         applies = wanted.marker is None or wanted.marker.evaluate({"extra": ""})
-        if wanted.name != "torch" or not applies:
+        if wanted.name not in _COMPANIONS or not applies:
             continue
+        # The torch that is imported, wherever it comes from.
+        companion = torch.__version__ if wanted.name == "torch" else metadata.version(wanted.name)
+        release = ".".join(map(str, Version(companion).release))
         specifier = SpecifierSet(",".join(str(part).split("+")[0] for part in wanted.specifier))
         if not specifier.contains(release):
+            verb = _COMPANIONS[wanted.name]
             raise UserError(
-                "torch",
-                torch.__version__,
-                f"{name} {metadata.version(name)} is built for torch{specifier}",
-                f"install torch{specifier}, or a {name} that is built for torch {release}",
+                wanted.name,
+                companion,
+                f"{name} {version} is {verb} {wanted.name}{specifier}",
+                f"install {wanted.name}{specifier}, or a {name} that is {verb} {wanted.name} {release}",
             )
 
 
-def _is_installed(distribution: str) -> bool:
-    try:
-        metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
+_COMPANIONS = {"torch": "built for", "transformers": "written for"}
+"""Packages that are held to what another package asks of them, and what it is for them."""

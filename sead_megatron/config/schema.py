@@ -40,6 +40,9 @@ class PrecisionConfig(Section):
     """Keep the first and the last decoder layer of each model in bfloat16 when the others are FP8."""
     calibration_prompts: PositiveInt = 32
     """Training prompts that `modelopt_fp8` is calibrated on."""
+    allow_local_layers: bool = False
+    """Run on CUDA where Transformer Engine is not installed: layers of plain torch operators, an attention call for
+    each sequence, no FP8 recipes. Much slower; the memory plan counts on these layers."""
 
 
 class DataConfig(Section):

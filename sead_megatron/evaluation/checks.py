@@ -124,7 +124,7 @@ def preflight(evaluation: Evaluation, local_world_size: int) -> None:
     from transformers.utils import logging as transformers_logging
 
     from sead_megatron.models.tokenizer import load_tokenizer
-    from sead_megatron.requirements import VLLM, VLLM_ON_CPU, check_built_for_torch, check_installed
+    from sead_megatron.requirements import VLLM, VLLM_ON_CPU, check_companions, check_installed
     from sead_megatron.rollout.checkpoint_weights import CheckpointWeights
 
     settings = evaluation.settings
@@ -136,7 +136,7 @@ def preflight(evaluation: Evaluation, local_world_size: int) -> None:
             raise UserError("--nproc-per-node", local_world_size, constraint, f"use {gpus}")
     requirement = VLLM if settings.device == "cuda" else VLLM_ON_CPU
     check_installed(requirement)
-    check_built_for_torch(requirement)
+    check_companions(requirement)
     CheckpointWeights(settings.model, settings.companions)
     # transformers warns of every text that is longer than the tokenizer's own limit; ours is the one that holds.
     transformers_logging.set_verbosity_error()

@@ -154,8 +154,11 @@ def _redirect_rng() -> None:
     rng._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
 
 
-def _use_group_step_adam() -> None:
-    """Presents GroupStepAdam as the fused Adam that Megatron finds on a GPU machine."""
+def use_group_step_adam() -> None:
+    """Presents GroupStepAdam as the fused Adam that Megatron finds where Transformer Engine or apex is installed.
+
+    Wanted on a CUDA machine without either as well: checkpoints of torch's Adam cannot be loaded again.
+    """
     import megatron.core.optimizer as megatron_optimizer
     import megatron.core.optimizer.distrib_optimizer as distributed_optimizer
 
@@ -176,4 +179,4 @@ def install() -> None:
     mode.__enter__()
     _installed.append(mode)
     _redirect_rng()
-    _use_group_step_adam()
+    use_group_step_adam()

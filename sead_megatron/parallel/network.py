@@ -28,10 +28,10 @@ def connect(
 
     Neither backend ends by itself in time: both wait for a rank that does not come for as long as for any collective,
     and NCCL, which connects all ranks in here (`device_id` lets it; the groups of the models are then split from these
-    connections), tries an unreachable address again and again. Its non-blocking mode has a timeout of its own, but since
-    2.7.1 torch does not choose it by itself, because it hung (pytorch issue 153960). So the main thread waits for
-    another one, which is left to its fate: it holds no lock of the interpreter while it connects. Seen to end in time
-    with gloo; not run with NCCL on a network.
+    connections), tries an unreachable address again and again. Its non-blocking mode has a timeout of its own, but
+    since 2.7.1 torch does not choose it by itself, because it hung (pytorch issue 153960). So the main thread waits
+    for another one, which is left to its fate: it holds no lock of the interpreter while it connects. Seen to end in
+    time with gloo; not run with NCCL on a network.
     """
     failure: list[Exception] = []
 

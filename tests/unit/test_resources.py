@@ -70,7 +70,7 @@ def test_disk_for_checkpoints(config: TrainConfig, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("version", ["2.13.0+cpu", "2.13.0a0+9186a08b2c.nv26.07", "2.13.0"])
 def test_builds_of_the_right_torch(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", version)
-    requirements.check_built_for_torch(requirements.VLLM_ON_CPU)
+    requirements.check_companions(requirements.VLLM_ON_CPU)
 
 
 def test_vllm_built_for_another_torch(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
