@@ -71,7 +71,7 @@ def check_models(config: TrainConfig, world_size: int) -> CheckedModels:
     if config.reference is not None:
         reference = read_hf_config(config.reference.path, "reference.path")
         check_reference(config.reference, world_size, layouts[0], student, reference)
-    check_precision(config, student, teachers)
+    check_precision(config, student, teachers, reference)
     return CheckedModels(student, teachers, *layouts, reference)
 
 

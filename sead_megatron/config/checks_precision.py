@@ -2,16 +2,20 @@
 
 from collections.abc import Mapping
 
+from sead_megatron.config.models import ParallelConfig
 from sead_megatron.config.schema import FP8_RECIPES, TrainConfig
 from sead_megatron.errors import UserError
 from sead_megatron.models.architecture import HFConfig, YarnRope
-
-# What an FP8 GEMM's dimensions must be multiples of; MXFP8 scales 32 elements at once.
-_FP8_MULTIPLE = {"tensorwise": 16, "blockwise": 16, "mxfp8": 32}
+from sead_megatron.models.fp8_shapes import WIDTH_MULTIPLE, row_multiple
 
 
-def check_precision(config: TrainConfig, student: HFConfig, teachers: Mapping[str, HFConfig]) -> None:
-    """Raises UserError for a format that the device or a model's shape does not allow."""
+def check_precision(
+    config: TrainConfig,
+    student: HFConfig,
+    teachers: Mapping[str, HFConfig],
+    reference: HFConfig | None = None,
+) -> None:
+    """Raises UserError for a format that the device, a model's shape or the length of rows does not allow."""
     precision = config.precision
     for name, value in (("student", precision.student), ("teacher", precision.teacher)):
         if value in FP8_RECIPES and config.device == "cpu":
@@ -23,9 +27,12 @@ def check_precision(config: TrainConfig, student: HFConfig, teachers: Mapping[st
             )
     if config.rollout.quantization == "fp8" and config.device == "cpu":
         raise UserError("rollout.quantization", "fp8", "needs a GPU, not device: cpu", "use none")
-    _check_widths("student", precision.student, student, config.student.parallel.tensor)
+    _check_model(config, "student", precision.student, student, config.student.parallel)
+    for teacher in teachers.values():
+        _check_model(config, "teacher", precision.teacher, teacher, config.teacher.parallel)
+    if reference is not None and config.reference is not None and precision.teacher in FP8_RECIPES:
+        _check_model(config, "teacher", precision.teacher, reference, config.reference.parallel)
     for field, teacher in teachers.items():
-        _check_widths("teacher", precision.teacher, teacher, config.teacher.parallel.tensor)
         if config.teacher.yarn_layers == "all" and not isinstance(teacher.rope.scaling, YarnRope):
             raise UserError(
                 "teacher.yarn_layers",
@@ -35,10 +42,39 @@ def check_precision(config: TrainConfig, student: HFConfig, teachers: Mapping[st
             )
 
 
-def _check_widths(name: str, precision: str, model: HFConfig, tensor: int) -> None:
-    if precision not in FP8_RECIPES:
+def _check_model(
+    config: TrainConfig, name: str, precision: str, model: HFConfig, parallel: ParallelConfig
+) -> None:
+    if precision in FP8_RECIPES:
+        recipe = FP8_RECIPES[precision]
+        _check_widths(name, precision, WIDTH_MULTIPLE[recipe], model, parallel.tensor)
+        _check_rows(config, name, precision, parallel)
+    elif precision == "modelopt_fp8" and config.device == "cuda":
+        # torch._scaled_mm's, which takes rows of any number; simulated FP8 has no such limits.
+        _check_widths(name, precision, WIDTH_MULTIPLE["tensorwise"], model, parallel.tensor)
+
+
+def _check_rows(config: TrainConfig, name: str, precision: str, parallel: ParallelConfig) -> None:
+    """A row is padded to a multiple: the longest must have one already, or it would exceed its own limit."""
+    sequence_parallel = parallel.sequence_parallel
+    multiple = row_multiple(FP8_RECIPES[precision], parallel.tensor, sequence_parallel=sequence_parallel)
+    longest = config.batch.max_tokens_per_microbatch
+    if longest % multiple == 0:
         return
-    multiple = _FP8_MULTIPLE[FP8_RECIPES[precision]]
+    where = ""
+    if sequence_parallel:
+        where = (
+            f" ({multiple // parallel.tensor} tokens on each of {parallel.tensor} sequence-parallel ranks)"
+        )
+    raise UserError(
+        "batch.max_tokens_per_microbatch",
+        longest,
+        f"must be a multiple of {multiple} with precision.{name} {precision}{where}",
+        f"use {-(-longest // multiple) * multiple}",
+    )
+
+
+def _check_widths(name: str, precision: str, multiple: int, model: HFConfig, tensor: int) -> None:
     widths = [("hidden_size", model.hidden_size)]
     widths += [("num_attention_heads * head_dim", model.num_attention_heads * model.head_dim)]
     widths += [("intermediate_size", width) for width in model.ffn_hidden_sizes]

@@ -12,11 +12,16 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    set_tensor_model_parallel_attributes,
+)
 from torch import Tensor
 
 from sead_megatron.models.architecture import HFConfig, Llama3Rope
 from sead_megatron.models.family import WeightMap
+from sead_megatron.models.fp8_shapes import row_multiple
 from sead_megatron.models.layer_specs import block_spec
 from sead_megatron.models.layouts import padded_vocab_size
 from sead_megatron.models.megatron_config import transformer_config
@@ -24,6 +29,7 @@ from sead_megatron.models.precision import Precision
 from sead_megatron.models.registry import FAMILIES
 from sead_megatron.models.stages import stage_layers
 from sead_megatron.parallel.groups import ParallelGroups
+from sead_megatron.requirements import FUSED_GRADIENTS, is_importable
 
 
 class HiddenStateModel(GPTModel):
@@ -93,7 +99,9 @@ def build_model(
     with torch.set_grad_enabled(trainable):
         module = HiddenStateModel(
             megatron,
-            block_spec(config, megatron, groups.collection, layers, on_cpu=on_cpu),
+            block_spec(
+                config, megatron, groups.collection, layers, on_cpu=on_cpu, modelopt=precision.modelopt
+            ),
             vocab_size=padded_vocab_size(config.vocab_size, groups.layout.tensor),
             max_sequence_length=config.max_position_embeddings,
             pre_process=groups.is_first_stage,
@@ -111,10 +119,27 @@ def build_model(
         module.eval()
     if not on_cpu:
         module.cuda(torch.cuda.current_device())
+        if trainable:
+            _fuse_gradient_accumulation(module)
     weights = WeightMap(FAMILIES[config.architecture], config, offset)
     _mark_tensor_parallel_parameters(module, weights)
-    multiple = precision.row_multiple * (groups.layout.tensor if sequence_parallel else 1)
+    multiple = row_multiple(precision.fp8_recipe, groups.layout.tensor, sequence_parallel=sequence_parallel)
     return BuiltModel(module, config, groups, weights, multiple)
+
+
+def _fuse_gradient_accumulation(module: HiddenStateModel) -> None:
+    """Lets the decoder's linear layers add weight gradients to the float32 buffers in the GEMM itself.
+
+    Transformer Engine's layers bring that, Megatron's own need apex. Not Megatron's option: it concerns the output
+    layer too, which raises at construction without apex and is never run here (0.16.1, 0.19.2). Both kinds of layers
+    read these attributes in each forward pass.
+    """
+    with_apex = is_importable(FUSED_GRADIENTS)
+    for layer in module.decoder.modules():
+        if hasattr(layer, "fuse_wgrad_accumulation"):
+            layer.fuse_wgrad_accumulation = True
+        elif with_apex and isinstance(layer, (ColumnParallelLinear, RowParallelLinear)):
+            layer.gradient_accumulation_fusion = True
 
 
 def _mark_tensor_parallel_parameters(module: torch.nn.Module, weights: WeightMap) -> None:

@@ -6,7 +6,8 @@ in front of a linear layer is fused into it with Transformer Engine and stands a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -68,6 +69,26 @@ def transformer_engine_parts() -> LayerParts:
     )
 
 
+def modelopt_parts() -> LayerParts:
+    """Transformer Engine's attention and norms around Megatron's own linear layers, as Megatron's specs for ModelOpt.
+
+    ModelOpt 0.47 multiplies compressed weights in the forward pass of Megatron's linear layers only; Transformer
+    Engine's get them as an FP8 tensor without its scale and refuse it.
+    """
+    return replace(
+        transformer_engine_parts(),
+        column_linear=ColumnParallelLinear,
+        row_linear=RowParallelLinear,
+        norm_column_linear=None,
+    )
+
+
+def _layer_parts(*, on_cpu: bool, modelopt: bool) -> LayerParts:
+    if not uses_transformer_engine(on_cpu):
+        return local_parts()
+    return modelopt_parts() if modelopt else transformer_engine_parts()
+
+
 def block_spec(
     config: HFConfig,
     megatron: TransformerConfig,
@@ -75,9 +96,10 @@ def block_spec(
     layers: range,
     *,
     on_cpu: bool,
+    modelopt: bool = False,
 ) -> TransformerBlockSubmodules:
-    """The spec of a pipeline stage that holds `layers` of the model."""
-    parts = transformer_engine_parts() if uses_transformer_engine(on_cpu) else local_parts()
+    """The spec of a pipeline stage that holds `layers` of the model. `modelopt`: ModelOpt will compress its weights."""
+    parts = _layer_parts(on_cpu=on_cpu, modelopt=modelopt)
     specs = _Specs(config, megatron, groups, parts)
     return TransformerBlockSubmodules(
         layer_specs=[specs.layer(config.layers[number]) for number in layers], layer_norm=parts.norm
@@ -163,6 +185,9 @@ class _Specs:
         if layer.mlp == "linear":
             return self._linear("linear_mlp")
         submodules = MLPSubmodules(linear_fc1=self._first_linear, linear_fc2=self.parts.row_linear)
+        if hasattr(MLP, "as_mlp_submodule"):
+            # 0.19.2 makes this of a ModuleSpec itself, with a warning a layer.
+            return partial(MLP.as_mlp_submodule, submodules=submodules)
         return ModuleSpec(module=MLP, submodules=submodules)
 
     def _linear(self, name: str) -> ModuleSpec:

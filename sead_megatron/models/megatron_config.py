@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from sead_megatron.models.architecture import HFConfig, LayerConfig, YarnRope
 from sead_megatron.models.precision import Precision
 from sead_megatron.models.registry import FAMILIES
 from sead_megatron.parallel.groups import ParallelGroups
+from sead_megatron.requirements import is_importable
 
 
 class StageLayout(PipelineParallelLayerLayout):
@@ -85,7 +85,7 @@ class LayeredTransformerConfig(TransformerConfig):
 
 def uses_transformer_engine(on_cpu: bool) -> bool:
     """Whether models are built of Transformer Engine's layers."""
-    return not on_cpu and importlib.util.find_spec("transformer_engine") is not None
+    return not on_cpu and is_importable("transformer_engine")
 
 
 def transformer_config(
@@ -143,7 +143,8 @@ def transformer_config(
         moe_token_dispatcher_type="alltoall",
         # The objective divides by its own global normaliser, so Megatron must not average again.
         calculate_per_token_loss=True,
-        gradient_accumulation_fusion=fused,
+        # `sead_megatron.models.build` turns it on layer by layer: not for the output layer.
+        gradient_accumulation_fusion=False,
         bias_activation_fusion=fused,
         bias_dropout_fusion=fused,
         apply_rope_fusion=fused,

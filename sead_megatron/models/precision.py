@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from sead_megatron.config import PrecisionConfig
 from sead_megatron.config.schema import FP8_RECIPES
-
-# Megatron's get_fp8_align_size (0.16.1, 0.19.2), which cannot be imported without choosing a recipe object.
-_ALIGNMENT = {"tensorwise": 16, "blockwise": 16, "mxfp8": 32}
 
 
 @dataclass(frozen=True)
@@ -26,11 +23,8 @@ class Precision:
     """Keep linear weights in FP8 only: for a frozen model, whose masters nobody updates."""
     first_last_bfloat16: bool = True
     """Keep the first and the last decoder layer out of FP8."""
-
-    @property
-    def row_multiple(self) -> int:
-        """What a row's length must be a multiple of: FP8 GEMMs take no other shapes."""
-        return 1 if self.fp8_recipe is None else _ALIGNMENT[self.fp8_recipe]
+    modelopt: bool = False
+    """ModelOpt will quantise the linear layers, so they must be Megatron's own."""
 
     def megatron_options(self) -> dict[str, Any]:
         """Fields of Megatron's TransformerConfig."""
@@ -56,9 +50,15 @@ def student_precision(config: PrecisionConfig) -> Precision:
 
 
 def teacher_precision(config: PrecisionConfig) -> Precision:
-    """Of the frozen model. `modelopt_fp8` is bfloat16 here: ModelOpt quantises it once its weights are loaded."""
-    name = "bfloat16" if config.teacher == "modelopt_fp8" else config.teacher
-    return _precision(name, config, fp8_weights=True)
+    """Of the teachers. `modelopt_fp8` is bfloat16 here: ModelOpt quantises it once its weights are loaded."""
+    if config.teacher == "modelopt_fp8":
+        return Precision(torch.bfloat16, modelopt=True)
+    return _precision(config.teacher, config, fp8_weights=True)
+
+
+def reference_precision(config: PrecisionConfig) -> Precision:
+    """Of the reference model: the teachers', except that ModelOpt quantises teachers only."""
+    return replace(teacher_precision(config), modelopt=False)
 
 
 def _precision(name: str, config: PrecisionConfig, *, fp8_weights: bool) -> Precision:

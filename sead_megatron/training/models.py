@@ -18,7 +18,12 @@ from sead_megatron.models.build import BuiltModel, build_model
 from sead_megatron.models.hf_config import read_hf_config
 from sead_megatron.models.load import load_output_shard, load_weights
 from sead_megatron.models.olmo3 import with_yarn_on_all_layers
-from sead_megatron.models.precision import student_precision, teacher_precision
+from sead_megatron.models.precision import (
+    Precision,
+    reference_precision,
+    student_precision,
+    teacher_precision,
+)
 from sead_megatron.parallel.groups import ParallelGroups, student_groups, teacher_groups
 from sead_megatron.parallel.layout import Layout
 from sead_megatron.training.moving_teacher import MovingTeacher
@@ -79,7 +84,8 @@ def _reference(config: TrainConfig, student_groups: ParallelGroups, device: torc
         return None
     parallel, path = config.reference.parallel, config.reference.path
     groups = teacher_groups(Layout(parallel.tensor, parallel.pipeline, dist.get_world_size()))
-    model = _frozen_model(config, read_hf_config(path), path, parallel, groups, device)
+    precision = reference_precision(config.precision)
+    model = _frozen_model(precision, read_hf_config(path), path, parallel, groups, device)
     return _frozen(model, path, student_groups, config, parallel, device)
 
 
@@ -125,7 +131,8 @@ def _teacher(
     if config.teacher.yarn_layers == "all":
         architecture = with_yarn_on_all_layers(architecture)
     parallel = config.teacher.parallel
-    model = _frozen_model(config, architecture, path, parallel, groups, device)
+    precision = teacher_precision(config.precision)
+    model = _frozen_model(precision, architecture, path, parallel, groups, device)
     if config.precision.teacher == "modelopt_fp8":
         from sead_megatron.training.quantize import quantize_fp8
 
@@ -136,7 +143,7 @@ def _teacher(
 
 
 def _frozen_model(
-    config: TrainConfig,
+    precision: Precision,
     architecture: HFConfig,
     path: str,
     parallel: ParallelConfig,
@@ -146,7 +153,7 @@ def _frozen_model(
     model = build_model(
         architecture,
         groups,
-        teacher_precision(config.precision),
+        precision,
         on_cpu=device.type == "cpu",
         trainable=False,
         sequence_parallel=parallel.sequence_parallel,

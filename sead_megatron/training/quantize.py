@@ -7,6 +7,7 @@ FP8's rounding, which is the same arithmetic (`docs/precision.md` measures what 
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -40,7 +41,12 @@ def quantize_fp8(
         for prefix in _ends(model):
             mtq.disable_quantizer(model.module, f"{prefix}*")
     if device.type == "cuda":
+        # ModelOpt 0.47 registers its FP8 GEMM when this is imported, which nothing of its own does. Without it every
+        # layer's weights are expanded again in each pass and multiplied in bfloat16.
+        importlib.import_module("modelopt.torch.quantization.backends.fp8_per_tensor_gemm")
         mtq.compress(model.module)
+        # What the weights took in bfloat16 goes back to the device: the engine's allocator is another one.
+        torch.cuda.empty_cache()
 
 
 def _use_own_groups(model: BuiltModel) -> None:

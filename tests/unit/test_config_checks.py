@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from sead_megatron.config import check_config, load_config
+from sead_megatron.config.schema import FP8_RECIPES
 from sead_megatron.errors import UserError
+from sead_megatron.models.fp8_shapes import row_multiple
 from tests.tiny_inputs import write_inputs, write_jsonl, write_model, write_tokenizer_json
 
 
@@ -267,6 +269,36 @@ def test_unsupported_architecture(good: Path, tmp_path: Path) -> None:
 def test_precisions_that_cannot_be(good: Path, overrides: list[str], message: str) -> None:
     cpu = ["device=cpu", "rollout.kv_cache_gib=1.0"]
     assert mistake(good, 4, *cpu, *overrides) == message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["precision.teacher=fp8_blockwise", "teacher.parallel.tensor=2", "batch.max_tokens_per_microbatch=300"],
+         "batch.max_tokens_per_microbatch = 300: must be a multiple of 256 with precision.teacher fp8_blockwise (128 "
+         "tokens on each of 2 sequence-parallel ranks); use 512"),
+        (["precision.student=fp8_tensorwise", "student.parallel.tensor=2", "batch.max_tokens_per_microbatch=80"],
+         "batch.max_tokens_per_microbatch = 80: must be a multiple of 32 with precision.student fp8_tensorwise (16 "
+         "tokens on each of 2 sequence-parallel ranks); use 96"),
+        (["precision.student=fp8_mxfp8", "student.parallel.tensor=1",
+          "batch.max_tokens_per_microbatch=80"],
+         "batch.max_tokens_per_microbatch = 80: must be a multiple of 32 with precision.student fp8_mxfp8; use 96"),
+        (["precision.teacher=modelopt_fp8", "teacher.parallel.tensor=4"],
+         'precision.teacher = "modelopt_fp8": intermediate_size (96) must be a multiple of 16 on each of 4 '
+         "tensor-parallel ranks; use bfloat16, or a smaller tensor-parallel size"),
+    ],
+)  # fmt: skip
+def test_shapes_that_fp8_does_not_take(good: Path, overrides: list[str], message: str) -> None:
+    assert mistake(good, 4, "device=cuda", *overrides) == message
+
+
+def test_rows_of_fp8() -> None:
+    """What Transformer Engine 2.20 quantises before it gathers; Megatron's own alignment where nothing is cut."""
+    cut = {recipe: row_multiple(recipe, 4, sequence_parallel=True) for recipe in FP8_RECIPES.values()}
+    assert cut == {"tensorwise": 4 * 16, "blockwise": 4 * 128, "mxfp8": 4 * 32}
+    whole = {recipe: row_multiple(recipe, 4, sequence_parallel=False) for recipe in FP8_RECIPES.values()}
+    assert whole == {"tensorwise": 16, "blockwise": 16, "mxfp8": 32}
+    assert [row_multiple(None, 4, sequence_parallel=cut) for cut in (True, False)] == [4, 1]
 
 
 def test_fp8_on_a_gpu_passes(good: Path) -> None:
