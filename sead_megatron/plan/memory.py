@@ -139,7 +139,10 @@ class _Planner:
     def __init__(self, run: Run) -> None:
         self._run = run
         config = run.config
-        self._fused = run.device is not None
+        # Where other layers are allowed, Transformer Engine is likely to be missing.
+        self._fused = run.device is not None and not config.precision.allow_local_layers
+        # ModelOpt compresses on a GPU only, and wants Megatron's linear layers, whose norms stand alone.
+        self._modelopt = run.device is not None and config.precision.teacher == "modelopt_fp8"
         self._student_stages = stage_layers(
             run.student, config.student.parallel.pipeline, config.student.parallel.stages
         )
@@ -171,7 +174,7 @@ class _Planner:
         }
         if run.teachers:
             always["teacher weights"] = sum(
-                self._frozen_bytes(model, teacher.tensor, stages, teacher_stage)
+                self._frozen_bytes(model, teacher.tensor, stages, teacher_stage, modelopt=self._modelopt)
                 for model, stages in zip(run.teachers, self._teacher_stages, strict=True)
             )
             always["teacher output layer"] = sum(self._output_bytes(model, stage) for model in run.teachers)
@@ -206,20 +209,23 @@ class _Planner:
         parallel = config.reference.parallel
         stages = stage_layers(run.reference, parallel.pipeline, parallel.stages)
         stage = _layout(parallel, run.world).pp_rank(rank)
-        weights = self._frozen_bytes(run.reference, parallel.tensor, stages, stage)
+        weights = self._frozen_bytes(run.reference, parallel.tensor, stages, stage, modelopt=False)
         return {"reference model": weights + self._output_bytes(run.reference, student_stage)}
 
-    def _frozen_bytes(self, model: HFConfig, tensor: int, stages: tuple[int, ...], stage: int) -> int:
-        shards = stage_parameters(model, tensor, stages, stage, trained=False, fused_norms=self._fused)
-        return sum(math.ceil(shard.numel * self._frozen_element_of(model, shard)) for shard in shards)
+    def _frozen_bytes(
+        self, model: HFConfig, tensor: int, stages: tuple[int, ...], stage: int, *, modelopt: bool
+    ) -> int:
+        fused = self._fused and not modelopt
+        shards = stage_parameters(model, tensor, stages, stage, trained=False, fused_norms=fused)
+        return sum(
+            math.ceil(shard.numel * self._frozen_element_of(model, shard, modelopt)) for shard in shards
+        )
 
-    def _frozen_element_of(self, model: HFConfig, shard: ParameterShard) -> float:
+    def _frozen_element_of(self, model: HFConfig, shard: ParameterShard, modelopt: bool) -> float:
         """Bytes of an element of a frozen model's parameter, FP8's scales included."""
         precision = self._run.config.precision
         kept = precision.first_last_bfloat16 and shard.layer in (0, model.num_layers - 1)
-        quantised = precision.teacher in FP8_RECIPES or (
-            precision.teacher == "modelopt_fp8" and self._run.device is not None
-        )
+        quantised = precision.teacher in FP8_RECIPES or modelopt
         if not quantised or not shard.is_matrix or kept:
             return self._teacher_element
         return {"fp8_blockwise": 1 + 4 / 128**2, "fp8_mxfp8": 1 + 1 / 32}.get(precision.teacher, 1.0)

@@ -72,6 +72,24 @@ def test_ranks_hold_the_whole_models_together() -> None:
     assert outputs == [0, 0, 128256 * 8192, 128256 * 8192]
 
 
+def test_modelopt_compresses_teachers_and_no_reference() -> None:
+    def memory(teacher: str) -> dict[str, int]:
+        reference = {"path": str(CONFIGS / "nemotron_nano_8b"), "parallel": {"tensor": 4}}
+        run = run_of(precision={"teacher": teacher}, reference=reference)
+        return plan_memory(replace(run, reference=run.student), [0])[0].always
+
+    compressed, quantised, plain = memory("modelopt_fp8"), memory("fp8_tensorwise"), memory("bfloat16")
+    assert compressed["teacher weights"] == quantised["teacher weights"] < 0.6 * plain["teacher weights"]
+    assert compressed["reference model"] == plain["reference model"] > 1.5 * quantised["reference model"]
+
+
+def test_local_layers_keep_more() -> None:
+    local = plan_memory(run_of(precision={"allow_local_layers": True}), [0])[0].phases["update"][
+        "activations"
+    ]
+    assert local > 1.2 * plan_memory(run_of(), [0])[0].phases["update"]["activations"]
+
+
 def test_the_optimizer_is_sharded_over_the_replicas() -> None:
     whole = plan_memory(run_of(optimizer={"distributed": False}))[0]
     shared = plan_memory(run_of())[0]
