@@ -70,11 +70,6 @@ def describe_layers(config: TrainConfig) -> str:
     )
 
 
-def brings_fused_adam() -> bool:
-    """Whether Megatron finds a fused Adam, once `check_packages` has passed on CUDA."""
-    return is_importable(TRANSFORMER_ENGINE.module) or is_importable("apex")
-
-
 def _teacher_precision(config: TrainConfig) -> str | None:
     return config.precision.teacher if config.teachers else None
 

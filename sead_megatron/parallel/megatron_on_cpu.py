@@ -2,7 +2,8 @@
 
 Megatron-core calls `torch.cuda.*` and names the device "cuda" in many places, yet its arithmetic, its
 schedules and its optimizers are device-free and run exactly on gloo. `install()` redirects those names. It is
-called once, only when the config says `device: cpu`; no other file of this package knows about it.
+called once, only when the config says `device: cpu`; no other file of this package knows about it. Its Adam also
+serves a GPU without Transformer Engine and apex (`use_group_step_adam_without_fused`).
 
 Seen to be needed with megatron-core 0.16.1 and 0.19.2 on torch 2.13 (CPU build).
 """
@@ -154,11 +155,19 @@ def _redirect_rng() -> None:
     rng._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
 
 
-def use_group_step_adam() -> None:
-    """Presents GroupStepAdam as the fused Adam that Megatron finds where Transformer Engine or apex is installed.
+def use_group_step_adam_without_fused() -> None:
+    """GroupStepAdam where Megatron found neither Transformer Engine's nor apex's Adam.
 
-    Wanted on a CUDA machine without either as well: checkpoints of torch's Adam cannot be loaded again.
+    torch's own would train, and the checkpoint that it leaves could not be loaded again.
     """
+    import megatron.core.optimizer as megatron_optimizer
+
+    if megatron_optimizer.USING_PYTORCH_OPTIMIZER:
+        _use_group_step_adam()
+
+
+def _use_group_step_adam() -> None:
+    """Presents GroupStepAdam as the fused Adam that Megatron finds on a GPU machine."""
     import megatron.core.optimizer as megatron_optimizer
     import megatron.core.optimizer.distrib_optimizer as distributed_optimizer
 
@@ -179,4 +188,4 @@ def install() -> None:
     mode.__enter__()
     _installed.append(mode)
     _redirect_rng()
-    use_group_step_adam()
+    _use_group_step_adam()

@@ -23,7 +23,7 @@ from sead_megatron.models.export import HFStream
 from sead_megatron.models.tokenizer import Tokenizer, load_tokenizer
 from sead_megatron.objectives import build_objective
 from sead_megatron.objectives.base import Objective
-from sead_megatron.packages import brings_fused_adam, check_packages
+from sead_megatron.packages import check_packages
 from sead_megatron.parallel import megatron_on_cpu
 from sead_megatron.parallel.network import check_reachable, connect
 from sead_megatron.profiling import Profile, build_profile
@@ -155,8 +155,6 @@ def build_job(config: TrainConfig, report: Callable[[str], None]) -> Job:
     if device.type == "cpu":
         # After the engine, which asks torch about the machine's real devices.
         megatron_on_cpu.install()
-    elif not brings_fused_adam():
-        megatron_on_cpu.use_group_step_adam()
     report(f"loss kernel: {describe_backend(config.kernel.backend, device)}")
     report("loading student and teacher" if config.teachers else "loading the student")
     models = build_models(config, device, prompts)

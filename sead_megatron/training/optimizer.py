@@ -14,6 +14,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from sead_megatron.config import OptimizerConfig
 from sead_megatron.models.build import BuiltModel
+from sead_megatron.parallel.megatron_on_cpu import use_group_step_adam_without_fused
 
 
 def wrap_for_training(model: BuiltModel, *, distributed_optimizer: bool) -> DistributedDataParallel:
@@ -49,6 +50,7 @@ class StudentOptimizer:
     ) -> None:
         dtype = next(model.module.parameters()).dtype
         self._clip = config.clip_grad
+        use_group_step_adam_without_fused()
         self.megatron = get_megatron_optimizer(
             MegatronOptimizerConfig(
                 optimizer="adam",
