@@ -46,7 +46,9 @@ def optimizer_tensors(student: Any) -> Tensors:
     model = student.model
     names = {parameter: name for name, parameter in model.module.named_parameters()}
     kinds = ("master", "exp_avg", "exp_avg_sq")
-    full = {kind: {name: torch.zeros(p.shape) for p, name in names.items()} for kind in kinds}
+    full = {
+        kind: {name: torch.zeros_like(p, dtype=torch.float32) for p, name in names.items()} for kind in kinds
+    }
     for parameter, start, end, master, state in owned_parts(student.optimizer.megatron):
         for kind in kinds:
             values = master if kind == "master" else state[kind]
