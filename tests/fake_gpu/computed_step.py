@@ -8,6 +8,7 @@ Both sides run this program, in one Python environment, so that whatever differs
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -30,16 +31,21 @@ def compute_cuda_tiles() -> None:
     tiles._architecture = lambda device_index: build.EMULATED  # type: ignore[assignment]
 
 
-def join_world(device: Literal["cpu", "cuda"]) -> torch.device:
-    """As a run does, with the CPU's redirections or with operators that compute."""
-    from sead_megatron.training.job import init_world
+def join_world(kind: Literal["cpu", "cuda"]) -> torch.device:
+    """The process group, and the CPU's redirections there.
 
-    joined = init_world(device)
-    if device == "cpu":
+    As `sead_megatron.training.job.init_world`, whose module imports vLLM: half a minute a rank.
+    """
+    if kind == "cpu":
         from sead_megatron.parallel import megatron_on_cpu
 
+        dist.init_process_group("gloo")
         megatron_on_cpu.install()
-    return joined
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", device_id=device)
+    return device
 
 
 class Recorder:

@@ -7,6 +7,7 @@ the host and back; here that memory is the host's already. Without copies, kerne
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from typing import Any
 
@@ -20,8 +21,7 @@ def _host_argument(value: Any) -> Any:
         items = map(_host_argument, value)
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if isinstance(value, TensorDescriptor):
-        base = _host_argument(value.base)
-        return TensorDescriptor(base, value.shape, value.strides, value.block_shape, value.padding)
+        return dataclasses.replace(value, base=_host_argument(value.base))
     return on_host(value) if getattr(value, "is_cuda", False) else value
 
 
