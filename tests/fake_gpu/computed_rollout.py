@@ -39,12 +39,15 @@ STOP = 3
 def start_engine(model: str) -> Any:
     """The rollout engine with vLLM's native operators and Triton's attention, as small as it goes."""
     import vllm.model_executor.models.registry as registry
+    import vllm.v1.sample.ops.topk_topp_sampler as topk_topp
 
     from sead_megatron.config import RolloutConfig
     from sead_megatron.rollout import engine as engine_module
 
     # vLLM asks a child process about the model's class, which imports everything once more.
     registry._run_in_subprocess = lambda ask: ask()
+    # Its Triton kernel is more than the interpreter knows (Triton 3.8: 'int' object has no attribute 'to').
+    topk_topp.HAS_TRITON = False
     real_options = engine_module.engine_options
 
     def options(*args: Any, **kwargs: Any) -> dict[str, Any]:
