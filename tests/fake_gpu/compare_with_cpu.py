@@ -23,9 +23,10 @@ import torch
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
-# Relative differences in norm. On one and two ranks the first forward pass is equal in every bit. A backward pass is not: CUDA's
-# RMSNorm is one operator and the CPU's several, so gradients are summed in another order, as they are over the query
-# heads of a group and over ranks; Adam divides by sqrt(v) and widens that. Seen: float32 1.7e-6, bfloat16 1.4e-2.
+# Relative differences in norm. On one and two ranks the first forward pass is equal in every bit. A backward pass is
+# not: CUDA's RMSNorm is one operator and the CPU's several, so gradients are summed in another order, as they are over
+# the query heads of a group and over ranks; Adam divides by sqrt(v) and widens that. Seen: float32 1.7e-6, bfloat16
+# 1.4e-2.
 FLOAT32_TOLERANCE = 2e-5
 BFLOAT16_TOLERANCE = 2e-2
 
