@@ -144,7 +144,12 @@ _TABLE = [
     Metric("time/update", "s", "forward, backward and optimizer", deterministic=False),
     Metric("time/moving_teacher", "s", "the teacher moved after the student", deterministic=False),
     Metric("time/sync", "s", "weights from the trainer to the engine", deterministic=False),
-    Metric("time/checkpoint", "s", "the loop held up by a checkpoint", deterministic=False),
+    Metric(
+        "time/checkpoint",
+        "s",
+        "waiting for a checkpoint: copying this rank's share, then only what is not yet written when the next is due",
+        deterministic=False,
+    ),
     Metric("time/evaluation", "s", "held-out evaluation", deterministic=False),
     Metric(
         "time/record",
@@ -153,6 +158,12 @@ _TABLE = [
         deterministic=False,
     ),
     Metric("time/other", "s", "time/step without all phases", deterministic=False),
+    Metric(
+        "checkpoint/write_seconds",
+        "s",
+        "writing a checkpoint beside training, slowest rank; in the record of the step that found it on disk",
+        deterministic=False,
+    ),
     Metric(
         "tokens_per_second",
         "tokens/s",

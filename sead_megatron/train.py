@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,10 +29,10 @@ from sead_megatron.run_directory import RunDirectory
 from sead_megatron.summary import summary_table
 from sead_megatron.tensorboard_logger import TensorboardLogger
 from sead_megatron.training import step_metrics
-from sead_megatron.training.checkpoint import commit_checkpoint, load_checkpoint, write_checkpoint
-from sead_megatron.training.checkpoint_files import checkpoint_path, checkpoint_steps, read_state
+from sead_megatron.training.checkpoint import Checkpointer, FoundCheckpoint, find_checkpoint
+from sead_megatron.training.checkpoint_reader import load_checkpoint
 from sead_megatron.training.facts import rollout_facts
-from sead_megatron.training.job import Job, build_job, run_path
+from sead_megatron.training.job import Job, build_job, init_world, run_path
 from sead_megatron.training.nonfinite import Blame
 from sead_megatron.training.scoring import with_reference_column, with_teacher_columns
 from sead_megatron.training.step_plan import StepPlan, plan_step
@@ -58,9 +59,9 @@ class Trainer:
         self._is_head = job.rank == 0
         self._loggers: list[WandbLogger | TensorboardLogger] = []
 
-    def train(self) -> None:
-        """Runs from the newest checkpoint, or from the start, to the last step."""
-        self.resume()
+    def train(self, found: FoundCheckpoint | None) -> None:
+        """Runs from a checkpoint, or from the start, to the last step."""
+        self.resume(found)
         if self._is_head:
             self._loggers.append(WandbLogger(self.config, self.run.path))
             self._loggers.append(TensorboardLogger(self.config, self.run.path, self.step))
@@ -76,6 +77,12 @@ class Trainer:
                 self.train_step()
         for logger in self._loggers:
             logger.finish()
+
+    @cached_property
+    def checkpoints(self) -> Checkpointer:
+        """What writes this run's checkpoints."""
+        models, keep = self.job.models, self.config.checkpoint.keep
+        return Checkpointer(self.run.checkpoints_path, keep, models.student, models.moving)
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Times a phase of the step; a profiled one is a range as well."""
@@ -294,19 +301,22 @@ class Trainer:
         table: TokenTable,
         coefficients: Coefficients,
     ) -> None:
-        """The step's record, between writing and committing its checkpoint when one is due.
+        """The step's record, and a copy of everything for its checkpoint when one is due.
 
-        A job killed before the commit repeats the steps since the last checkpoint and forgets their records; one
-        killed after it has both.
+        The checkpoint is written while the next steps go on, and committed after one of them. A job killed before the
+        commit repeats the steps since the last checkpoint and forgets their records; one killed after it has both.
         """
         config, job = self.config, self.job
-        checkpoint_due = self.step == config.steps or self.step % config.checkpoint.every == 0
-        if checkpoint_due:
+        is_last = self.step == config.steps
+        checkpoint_due = is_last or self.step % config.checkpoint.every == 0
+        if checkpoint_due or self.checkpoints.is_busy:
             with self.phase("checkpoint"):
-                models = job.models
-                write_checkpoint(
-                    self.run.checkpoints_path, self.step, models.student, self.state(), models.moving
-                )
+                if checkpoint_due:
+                    self.checkpoints.save(self.step, self.state())
+                else:
+                    self.checkpoints.poll()
+                if is_last:
+                    self.checkpoints.wait()
         with self.phase("record"):
             if (limit := config.metrics.rollout_samples) and self._is_head:
                 samples = step_metrics.rollout_records(
@@ -318,15 +328,16 @@ class Trainer:
             times, plan, job.models, job.device, measured=table.student_logprob is not None
         )
         record |= step_metrics.evaluation_metrics(evaluation)
+        record |= self.checkpoints.take_metrics()
         metric_table.check_keys(record)
         if self._is_head:
             with self.phase("record"):
                 self.run.append_metrics(record)
                 for logger in self._loggers:
                     logger.log(record)
-            if checkpoint_due:
-                with self.phase("checkpoint"):
-                    commit_checkpoint(self.run.checkpoints_path, self.step, config.checkpoint.keep)
+        if is_last:
+            with self.phase("checkpoint"):
+                self.checkpoints.finish()
         self.progress.finish_step(record)
 
     def state(self) -> dict[str, Any]:
@@ -342,13 +353,11 @@ class Trainer:
             "config": self.config.model_dump(mode="json"),
         }
 
-    def resume(self) -> None:
-        """Takes up the newest complete checkpoint, and forgets everything that was logged after it."""
-        steps = checkpoint_steps(self.run.checkpoints_path)
-        if steps:
-            path = checkpoint_path(self.run.checkpoints_path, steps[-1])
-            state = read_state(path)
-            load_checkpoint(path, self.job.models.student, self.job.models.moving)
+    def resume(self, found: FoundCheckpoint | None) -> None:
+        """Takes up a checkpoint, and forgets everything that was logged after it."""
+        if found is not None:
+            load_checkpoint(found, self.job.models.student, self.job.models.moving)
+            state = found.state
             self.step = state["step"]
             self.skipped_steps = state["skipped_steps"]
             self.skipped_in_a_row = state["skipped_in_a_row"]
@@ -357,7 +366,7 @@ class Trainer:
             self.job.objective.load_state_dict(state["objective"])
         # Without a checkpoint the initial evaluation is repeated too.
         if self._is_head:
-            self.run.rewind(self.step if steps else -1)
+            self.run.rewind(-1 if found is None else self.step)
         dist.barrier()
 
 
@@ -366,17 +375,18 @@ def main(config: TrainConfig) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     head = int(os.environ["RANK"]) == 0
     run = RunDirectory.open(config) if head else RunDirectory(run_path(config))
-    steps = checkpoint_steps(run.checkpoints_path)
-    done = steps[-1] if steps else 0
-    if done < config.steps:
-        synchronise = torch.cuda.synchronize if config.device == "cuda" else None
-        progress = Progress(config.steps, enabled=head, done=done, synchronise=synchronise)
-        # The grader's worker starts first, while this process holds nothing yet.
-        with Grader() as grader, progress:
-            job = build_job(config, progress.status)
-            Trainer(job, run, progress, grader).train()
-        if job.optional_engine is not None:
-            job.engine.close()
+    # The grader's worker starts first, while this process holds nothing yet.
+    with Grader() as grader:
+        device = init_world(config.device)
+        found = find_checkpoint(run.checkpoints_path)
+        done = 0 if found is None else found.step
+        if done < config.steps:
+            synchronise = torch.cuda.synchronize if config.device == "cuda" else None
+            with Progress(config.steps, enabled=head, done=done, synchronise=synchronise) as progress:
+                job = build_job(config, device, progress.status)
+                Trainer(job, run, progress, grader).train(found)
+            if job.optional_engine is not None:
+                job.engine.close()
         dist.barrier()
         dist.destroy_process_group()
     if head:

@@ -11,7 +11,7 @@ import torch.distributed.checkpoint as distributed_checkpoint
 
 from sead_megatron.config import TrainConfig, dump_config
 from sead_megatron.run_directory import RunDirectory
-from sead_megatron.training.checkpoint_files import checkpoint_path
+from sead_megatron.training.checkpoint_files import FORMAT, checkpoint_path
 
 
 def write_checkpoint_files(path: Path, step: int) -> None:
@@ -27,6 +27,7 @@ def write_checkpoint_files(path: Path, step: int) -> None:
     torch.save({}, path / "common.pt")
     torch.save({"torch": torch.get_rng_state()}, path / "rng_0.pt")
     counters = {"step": step, "weight_version": step, "skipped_steps": 0, "skipped_in_a_row": 0}
+    counters |= {"format": FORMAT, "world_size": 1, "optimizer_updates": step}
     (path / "state.json").write_text(
         json.dumps(counters | {"schedule": {}, "curriculum": {}, "objective": {}})
     )

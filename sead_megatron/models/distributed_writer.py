@@ -31,8 +31,8 @@ from sead_megatron.models.converted import DCP_METADATA, write_atomically
 from sead_megatron.models.stored_layout import Box, StoredParameter, chunks
 
 # Megatron's own files beside torch's: the format of the checkpoint, and what is no tensor (nothing here).
-_FORMAT = "metadata.json"
-_COMMON = "common.pt"
+MEGATRON_FORMAT = "metadata.json"
+MEGATRON_COMMON = "common.pt"
 _FORMAT_CONTENT = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -51,7 +51,7 @@ class RowSource(Protocol):
 class DistributedWriter:
     """The checkpoint of a model whose parameters are spread over `files`."""
 
-    INDEX_FILES = (DCP_METADATA, _FORMAT, _COMMON)
+    INDEX_FILES = (DCP_METADATA, MEGATRON_FORMAT, MEGATRON_COMMON)
 
     def __init__(
         self,
@@ -113,9 +113,16 @@ class DistributedWriter:
 
     def finish(self, results: list[list[WriteResult]]) -> None:
         """Writes the index over all files."""
-        torch.save({}, self._directory / _COMMON)
-        write_atomically(self._directory / _FORMAT, json.dumps(_FORMAT_CONTENT).encode())
+        write_megatron_files(self._directory)
         self._writer.finish(Metadata(dict(self._entries)), results)
+
+
+def write_megatron_files(directory: Path) -> None:
+    """Writes what makes torch's files a checkpoint for Megatron, and waits until it is on disk."""
+    common = io.BytesIO()
+    torch.save({}, common)
+    write_atomically(directory / MEGATRON_COMMON, common.getvalue())
+    write_atomically(directory / MEGATRON_FORMAT, json.dumps(_FORMAT_CONTENT).encode())
 
 
 class _ChunkPlanner(DefaultSavePlanner):

@@ -129,8 +129,11 @@ def rollout_sampling(config: TrainConfig, tokenizer: Tokenizer, longest: int | N
     )
 
 
-def build_job(config: TrainConfig, report: Callable[[str], None]) -> Job:
-    """Builds everything, cheap and fallible things first. `report` says what is going on."""
+def build_job(config: TrainConfig, device: torch.device, report: Callable[[str], None]) -> Job:
+    """Builds everything in the world of `init_world`, cheap and fallible things first.
+
+    `report` says what is going on.
+    """
     check_packages(config)  # nodes may differ, and whoever starts torchrun himself has had no preflight
     tokenizer = load_tokenizer(config.tokenizer_path)
     prompts = training_prompts(config, tokenizer)
@@ -145,7 +148,6 @@ def build_job(config: TrainConfig, report: Callable[[str], None]) -> Job:
     )
     objective = build_objective(config.objective, config.steps)
     cache = CachedResponses(config, prompts) if config.objective.reads_cache else None
-    device = init_world(config.device)
     profile = build_profile(config, dist.get_rank())
     engine = None
     if config.loads_engine:

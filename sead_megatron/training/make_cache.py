@@ -18,7 +18,7 @@ from sead_megatron.config import TrainConfig
 from sead_megatron.data.response_cache import cache_writer
 from sead_megatron.data.types import Rollout, TokenTable
 from sead_megatron.rollout.collect import as_rollout, generate_everywhere, request_seed
-from sead_megatron.training.job import Job, build_job
+from sead_megatron.training.job import Job, build_job, init_world
 from sead_megatron.training.scoring import with_teacher_columns
 from sead_megatron.training.step_plan import plan_step
 
@@ -32,7 +32,9 @@ def main(config: TrainConfig) -> None:
     head = int(os.environ["RANK"]) == 0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not head) as progress:
-        job = build_job(config, lambda text: progress.print(text) if head else None)
+        job = build_job(
+            config, init_world(config.device), lambda text: progress.print(text) if head else None
+        )
         # The first rank decides: another may not see a new file yet.
         agreed: list[Any] = [writer.missing_parts()]
         dist.broadcast_object_list(agreed)

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from sead_megatron.models.build import BuiltModel
 from sead_megatron.training.teacher import Teacher
-
-# Of the averages' keys in a checkpoint, beside the student's of the same names.
-_PREFIX = "teacher."
 
 
 class MovingTeacher:
@@ -46,27 +40,11 @@ class MovingTeacher:
         """One step towards the student as it is now."""
         for name, average in self.averages.items():
             average.mul_(self._decay).add_(self._student[name].float(), alpha=1 - self._decay)
-        self._publish()
-
-    def sharded_state(self, student_state: dict[str, Any]) -> dict[str, Any]:
-        """The averages for Megatron's distributed checkpoint, cut as `student_state`, the student's, says."""
-        state = {}
-        for name, average in self.averages.items():
-            entry = student_state[name]
-            changes: dict[str, Any] = {"key": f"{_PREFIX}{entry.key}", "data": average}
-            if hasattr(entry, "dtype"):
-                changes["dtype"] = average.dtype
-            state[name] = dataclasses.replace(entry, **changes)
-        return state
+        self.publish()
 
     @torch.no_grad()
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Takes up what a checkpoint held, by the names of `sharded_state`."""
-        for name, average in self.averages.items():
-            average.copy_(state[name])
-        self._publish()
-
-    def _publish(self) -> None:
+    def publish(self) -> None:
+        """Gives the teacher the averages, in the type it computes in."""
         for name, targets in self._targets.items():
             for target in targets:
                 if target.data_ptr() != self.averages[name].data_ptr():

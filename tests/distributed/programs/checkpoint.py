@@ -90,17 +90,18 @@ def model_tensors(models: Any) -> Tensors:
 
 def save(case: dict[str, Any], models: Any, objective: Any, directory: Path) -> dict[str, Any]:
     """Step 0, checkpoint and what it must restore, step 1."""
-    from sead_megatron.training.checkpoint import commit_checkpoint, write_checkpoint
+    from sead_megatron.training.checkpoint import Checkpointer
 
     take_step(models, objective, 0)
     state: dict[str, Any] = {"step": 1, "skipped_steps": 0, "skipped_in_a_row": 0}
     state |= {"schedule": models.student.optimizer.state_dict(), "curriculum": {}, "objective": {}}
-    write_checkpoint(directory, 1, models.student, state)
-    if dist.get_rank() == 0:
-        commit_checkpoint(directory, 1, keep=1)
+    checkpoints = Checkpointer(directory, 1, models.student)
+    checkpoints.save(1, state)
     optimizer = optimizer_tensors(models.student)
     result = take_step(models, objective, 1)
     weights = model_tensors(models)
+    # Only now: what the files hold must not depend on the step that was taken while they were written.
+    checkpoints.finish()
     if dist.get_rank() == 0:
         save_file(optimizer, directory / "optimizer.safetensors")
         save_file(weights, directory / "weights.safetensors")
@@ -109,14 +110,16 @@ def save(case: dict[str, Any], models: Any, objective: Any, directory: Path) -> 
 
 def load(case: dict[str, Any], models: Any, objective: Any, directory: Path) -> dict[str, Any]:
     """Restores step 0's checkpoint and takes step 1; differences to the uninterrupted run."""
-    from sead_megatron.training.checkpoint import load_checkpoint
-    from sead_megatron.training.checkpoint_files import check_checkpoint, checkpoint_path, read_state
+    from sead_megatron.training.checkpoint import find_checkpoint
+    from sead_megatron.training.checkpoint_files import check_checkpoint
+    from sead_megatron.training.checkpoint_reader import load_checkpoint
 
     student = models.student
-    path = checkpoint_path(directory, 1)
-    check_checkpoint(path)
-    load_checkpoint(path, student)
-    student.optimizer.load_state_dict(read_state(path)["schedule"])
+    found = find_checkpoint(directory)
+    assert found is not None and found.step == 1
+    check_checkpoint(found.path)
+    load_checkpoint(found, student)
+    student.optimizer.load_state_dict(found.state["schedule"])
     wanted, restored = load_file(directory / "optimizer.safetensors"), optimizer_tensors(student)
     assert wanted.keys() == restored.keys()
     unequal = [name for name in wanted if not torch.equal(wanted[name], restored[name])]

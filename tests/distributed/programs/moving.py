@@ -48,8 +48,8 @@ def run_case(case: dict[str, Any], student: str, teacher: str, directory: Path) 
     from sead_megatron.config import TrainConfig
     from sead_megatron.objectives import OBJECTIVES, build_objective
     from sead_megatron.parallel.groups import destroy_groups
-    from sead_megatron.training.checkpoint import commit_checkpoint, load_checkpoint, write_checkpoint
-    from sead_megatron.training.checkpoint_files import checkpoint_path
+    from sead_megatron.training.checkpoint import Checkpointer, find_checkpoint
+    from sead_megatron.training.checkpoint_reader import load_checkpoint
     from sead_megatron.training.models import build_models
 
     raw = config_of(case | {"max_tokens": 128, "packing": True}, student, teacher).model_dump()
@@ -57,7 +57,9 @@ def run_case(case: dict[str, Any], student: str, teacher: str, directory: Path) 
     models = build_models(config, torch.device("cpu"))
     sampled = build_objective(OBJECTIVES["opd"][0].model_validate({"name": "opd", "form": "sampled"}), STEPS)
     if case["resumes"]:
-        load_checkpoint(checkpoint_path(directory, STEPS), models.student, models.moving)
+        found = find_checkpoint(directory)
+        assert found is not None and found.step == STEPS
+        load_checkpoint(found, models.student, models.moving)
     else:
         objective, seen = build_objective(config.objective, STEPS), []
         for step in range(STEPS):
@@ -67,9 +69,11 @@ def run_case(case: dict[str, Any], student: str, teacher: str, directory: Path) 
         closed = average(seen, load_file(f"{teacher}/model.safetensors"))
         if dist.get_rank() == 0:
             save_file({name: tensor.float().contiguous() for name, tensor in closed.items()}, case["average"])
-        write_checkpoint(directory, STEPS, models.student, {"step": STEPS}, models.moving)
-        if dist.get_rank() == 0:
-            commit_checkpoint(directory, STEPS, keep=1)
+        checkpoints = Checkpointer(directory, 1, models.student, models.moving)
+        state: dict[str, Any] = {"step": STEPS, "skipped_steps": 0, "skipped_in_a_row": 0}
+        state |= {"schedule": {}, "curriculum": {}, "objective": {}}
+        checkpoints.save(STEPS, state)
+        checkpoints.finish()
     dist.barrier()
     result = {
         "logprobs": teacher_logprobs(models, sampled),
