@@ -216,7 +216,8 @@ def test_another_configuration(inputs: Path, run: RunDirectory) -> None:
         ("state.json", b"{", "cannot be read (Expecting property name enclosed in double quotes: line 1 column 2 "
                              "(char 1))"),
         ("state.json", b"[]", "must hold a JSON object"),
-        ("state.json", b'{"step": 4}', "lacks skipped_steps, skipped_in_a_row, schedule, curriculum, objective"),
+        ("state.json", b'{"format": 2, "step": 4}', "lacks skipped_steps, skipped_in_a_row, schedule, curriculum, "
+                                                     "objective, world_size, optimizer_updates"),
         ("metadata.json", None, "missing"),
         ("common.pt", None, "missing"),
         ("common.pt", -1, "{less} bytes, truncated or overwritten"),
@@ -234,6 +235,18 @@ def test_damaged_checkpoint(
         path.write_bytes(content if isinstance(content, bytes) else path.read_bytes()[:content])
     described = message.format(size=size, less=size - 1)
     assert mistake(inputs) == f"{NEWEST}/{file}: {described}; {CONTINUE}"
+
+
+def test_a_checkpoint_of_another_format(inputs: Path, run: RunDirectory) -> None:
+    """Those that Megatron's own format held did not say which they have."""
+    file = checkpoint_path(run.checkpoints_path, 4) / "state.json"
+    state = json.loads(file.read_text())
+    del state["format"]
+    file.write_text(json.dumps(state))
+    assert mistake(inputs) == (
+        f"{NEWEST}/state.json: format: must be 2: another version of sead_megatron wrote this checkpoint; "
+        f"continue with that version, or {CONTINUE}"
+    )
 
 
 def test_an_older_damaged_checkpoint_is_nobodys_concern(inputs: Path, run: RunDirectory) -> None:
