@@ -129,12 +129,14 @@ def _load_and_check(options: argparse.Namespace, world_size: int) -> tuple[Train
     return config, check_config(config, world_size).summary(config.curriculum.name)
 
 
-def _preflight(config: TrainConfig, local_world_size: int, world_size: int) -> None:
+def _preflight(
+    config: TrainConfig, local_world_size: int, world_size: int, *, several_nodes: bool = False
+) -> None:
     # Imports torch: only after everything that can be found without.
     from sead_megatron.packages import describe_layers
     from sead_megatron.preflight import preflight
 
-    preflight(config, local_world_size, world_size)
+    preflight(config, local_world_size, world_size, several_nodes=several_nodes)
     if config.device == "cuda":
         print(describe_layers(config))
 
@@ -147,7 +149,7 @@ def _train(arguments: Sequence[str]) -> int:
         return _rank(lambda world_size: _load_and_check(options, world_size)[0], _train_loop)
     world_size = options.nproc_per_node * (options.nnodes or 1)
     config, summary = _load_and_check(options, world_size)
-    _preflight(config, options.nproc_per_node, world_size)
+    _preflight(config, options.nproc_per_node, world_size, several_nodes=(options.nnodes or 1) > 1)
     print(f"{summary}\nrun directory {config.run_dir}", flush=True)
     # Inherited by torchrun and its ranks; torchrun warns when OMP_NUM_THREADS is not set.
     prepare_environment(on_cpu=config.device == "cpu")

@@ -30,13 +30,25 @@ from sead_megatron.resources import check_disk, check_memory
 from sead_megatron.rollout.environment import check_environment
 from sead_megatron.run_directory import RunDirectory
 from sead_megatron.training.cached_responses import CachedResponses
-from sead_megatron.training.checkpoint_files import check_checkpoint, checkpoint_path, checkpoint_steps
+from sead_megatron.training.checkpoint_files import (
+    LATE_SECONDS,
+    check_checkpoint,
+    checkpoint_path,
+    checkpoint_steps,
+)
 
 
-def preflight(config: TrainConfig, local_world_size: int = 1, world_size: int | None = None) -> None:
+def preflight(
+    config: TrainConfig,
+    local_world_size: int = 1,
+    world_size: int | None = None,
+    *,
+    several_nodes: bool = False,
+) -> None:
     """Check machine, memory, disk, run directory, weights and prompts of a run that `check_config` accepted.
 
     `local_world_size`: processes that will start on this machine; `world_size`: in all, by default as many.
+    `several_nodes`: other machines may have written files that this one does not show yet.
     Builds the loss kernels where they are not cached yet and writes nothing else. Raises UserError for the first
     thing that is wrong.
     """
@@ -46,7 +58,7 @@ def preflight(config: TrainConfig, local_world_size: int = 1, world_size: int | 
     reference = None if config.reference is None else read_hf_config(config.reference.path)
     world = world_size or local_world_size
     check_memory(config, student, tuple(teachers.values()), world, local_world_size, reference=reference)
-    _check_run(config)
+    _check_run(config, several_nodes=several_nodes)
     check_disk(config, student)
     check_weights(config.student.path, student)
     for path, teacher in teachers.items():
@@ -79,13 +91,14 @@ def _check_machine(config: TrainConfig, local_world_size: int) -> None:
         ) from error
 
 
-def _check_run(config: TrainConfig) -> None:
+def _check_run(config: TrainConfig, *, several_nodes: bool) -> None:
     run = RunDirectory.check(config)
     for records in (run.metrics_path, run.evaluations_path):
         read_records(records)
     steps = checkpoint_steps(run.checkpoints_path)
     if steps:
-        check_checkpoint(checkpoint_path(run.checkpoints_path, steps[-1]))
+        late = LATE_SECONDS if several_nodes else 0.0
+        check_checkpoint(checkpoint_path(run.checkpoints_path, steps[-1]), late)
 
 
 def check_weights(directory: str, config: HFConfig) -> None:

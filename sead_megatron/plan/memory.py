@@ -95,6 +95,8 @@ class RankMemory:
     from_step_2: dict[str, int]
     """Of the optimizer: it appears in the first update."""
     phases: dict[str, dict[str, int]]
+    checkpoint_copy: int
+    """Of host memory, on a GPU too: a copy of the rank's share of a checkpoint, from the first one on."""
 
     def terms(self, phase: str, *, first_step: bool = False) -> dict[str, int]:
         """Everything that is there at a phase's peak. The first update ends with the optimizer's moments too."""
@@ -194,7 +196,10 @@ class _Planner:
         asleep = self._engine_asleep()
         for phase in ("teacher", "update"):
             phases[phase] |= asleep
-        return RankMemory(rank, always, {"optimizer moments": trained.moments}, phases)
+        copy = trained.checkpoint
+        if run.config.teacher.ema is not None:
+            copy += math.ceil(4 * sum(shard.numel for shard in parameters) / student.data)
+        return RankMemory(rank, always, {"optimizer moments": trained.moments}, phases, copy)
 
     def _parameters(self, stage: int) -> tuple[ParameterShard, ...]:
         tensor = self._run.student_layout.tensor

@@ -92,6 +92,20 @@ def time_rows(time: StepTime) -> list[list[str]]:
     return rows
 
 
+def checkpoint_line(plan: Plan) -> str:
+    """What a checkpoint takes: host memory, the step's time, and the disk."""
+    copies = [rank.checkpoint_copy for rank in plan.memory]
+    line = (
+        f"checkpoint every {plan.run.config.checkpoint.every} steps: {sum(copies) / GIB:.1f} GiB on disk, "
+        f"copied to at most {max(copies) / GIB:.2f} GiB of a rank's host memory"
+    )
+    return (
+        line
+        if plan.time is None
+        else f"{line} in {plan.time.checkpoint:.1f} s, written beside the next steps"
+    )
+
+
 def assumption_lines(plan: Plan) -> list[str]:
     """What the estimate rests on."""
     lines = [plan.lengths.describe()]
@@ -116,6 +130,7 @@ def render(plan: Plan) -> RenderableType:
     if plan.run.device is not None:
         usable = USABLE_SHARE * plan.run.device.memory_bytes
         parts.append(f"fullest rank {plan.peak / GIB:.1f} GiB, usable {usable / GIB:.1f} GiB")
+    parts.append(checkpoint_line(plan))
     if plan.time is not None:
         parts += ["", _table(_TIME_COLUMNS, time_rows(plan.time))]
         parts.append("estimated, not measured; it rests on: " + "; ".join(assumption_lines(plan)))
@@ -125,6 +140,7 @@ def render(plan: Plan) -> RenderableType:
 def markdown(plan: Plan) -> str:
     """For a README."""
     parts = [headline(plan), "", *_markdown_table(_MEMORY_COLUMNS, memory_rows(plan))]
+    parts += ["", f"A {checkpoint_line(plan)}."]
     if plan.time is not None:
         parts += ["", *_markdown_table(_TIME_COLUMNS, time_rows(plan.time))]
         parts += ["", "Estimated, not measured; it rests on: " + "; ".join(assumption_lines(plan)) + "."]
@@ -140,6 +156,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
             {
                 "rank": rank.rank,
                 "peak_phase": rank.peak_phase,
+                "checkpoint_copy": rank.checkpoint_copy,
                 "phases": {
                     phase: {
                         "first_step": rank.terms(phase, first_step=True),

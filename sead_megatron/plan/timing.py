@@ -18,7 +18,7 @@ from sead_megatron.models.stages import layer_parameters
 from sead_megatron.parallel.layout import Layout
 from sead_megatron.plan.devices import Device
 from sead_megatron.plan.lengths import Lengths
-from sead_megatron.plan.memory import Run
+from sead_megatron.plan.memory import Run, plan_memory
 
 _DRAWS = 32
 
@@ -43,6 +43,8 @@ class Assumptions:
     """Seconds of a small all-reduce inside a node."""
     decode_overhead: float = 1.0e-3
     """Seconds of an engine's step beside its kernels: scheduling, sampling, our entropy tap."""
+    host_bandwidth: float = 20e9
+    """Bytes/s of a GPU's copy to host memory, where all of a node's GPUs copy at once."""
     prompt_tokens: int = 200
     """Mean length of a prompt."""
     active_share: float = 0.5
@@ -62,6 +64,8 @@ class StepTime:
     update: float
     sync: float
     overhead: float
+    checkpoint: float
+    """What a step waits when a checkpoint is due, in no total: files are written beside the next steps."""
     flops: dict[str, float]
     """Of the whole world, by phase."""
     tokens: float
@@ -69,7 +73,7 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        """Seconds of a step."""
+        """Seconds of a step without a checkpoint."""
         return self.rollout + self.teacher + self.update + self.sync + self.overhead
 
 
@@ -101,6 +105,9 @@ class _Model:
         self._student_matrices = self._student_trunk + _vocabulary(run.student)
         self._engine_weights = run.engine_weights()
         self._kv_bytes = run.kv_bytes_per_token()
+        # Of every stage of the first replica, which owns as much as any.
+        block = plan_memory(run, range(run.student_layout.block_size))
+        self._checkpoint_copy = max(rank.checkpoint_copy for rank in block)
 
     def step(self, responses: np.ndarray) -> StepTime:
         rollout, tail = self.rollout(responses)
@@ -114,6 +121,7 @@ class _Model:
             update=update,
             sync=self.sync(),
             overhead=self._given.fixed_overhead,
+            checkpoint=self._checkpoint_copy / self._given.host_bandwidth,
             flops={"rollout": sampled, "teacher": teacher_flops, "update": update_flops},
             tokens=float(self._tokens(responses).sum()),
         )

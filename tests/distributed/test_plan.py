@@ -63,6 +63,8 @@ def check_exact(plan: RankMemory, real: dict[str, int]) -> None:
         "teacher_output": plan.always["teacher output layer"],
     }
     assert {name: real[name] for name in expected} == expected, f"rank {plan.rank}"
+    # What TP ranks or stages hold copies of is written by one of them.
+    assert real["checkpoint"] <= plan.checkpoint_copy, f"rank {plan.rank}"
 
 
 def peaks(plan: RankMemory, real: dict[str, int]) -> dict[str, float]:
@@ -95,6 +97,7 @@ def test_llama(ranks: int, tmp_path: Path) -> None:
     for given, report in zip(cases, reports, strict=True):
         for plan, real in zip(predicted(given, student, teacher, ranks), report, strict=True):
             check_exact(plan, real)
+            assert real["checkpoint"] > 0.95 * plan.checkpoint_copy
             print(given["student"], given.get("recompute"), plan.rank, peaks(plan, real))
             for ratio in peaks(plan, real).values():
                 assert 0.85 <= ratio <= 1.15, (given, plan.rank, peaks(plan, real))

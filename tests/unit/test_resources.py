@@ -36,8 +36,9 @@ def test_memory_of_this_machine(config: TrainConfig, monkeypatch: pytest.MonkeyP
     pages = {"SC_PHYS_PAGES": 2**30 // 4096, "SC_PAGE_SIZE": 4096}
     monkeypatch.setattr(resources.os, "sysconf", pages.__getitem__)
     assert mistake(config, local_world_size=2) == (
-        'memory = "2.2 GiB for 2 ranks on this machine": must be at most the 1.0 GiB installed; use smaller models, '
-        "fewer ranks, or shorter batch.max_tokens_per_microbatch; tools/plan.py shows what a rank holds"
+        'memory = "2.2 GiB for 2 ranks on this machine, 0.0 of it to copy a checkpoint": must be at most the 1.0 GiB '
+        "installed; use smaller models, fewer ranks, or shorter batch.max_tokens_per_microbatch; "
+        "tools/plan.py shows what a rank holds"
     )
 
 
@@ -53,6 +54,30 @@ def test_memory_of_a_gpu(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -
     on_gpu = config.model_copy(update={"device": "cuda"})
     with pytest.raises(UserError, match=r"must be at most 75\.2 GiB \(95% of NVIDIA H100 80GB HBM3\)"):
         resources.check_memory(on_gpu, student, (teacher,), 8, 8)
+
+
+def test_host_memory_for_checkpoints(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight GPUs of one node hold the whole state: 14 bytes of each of 8.03e9 parameters, 104.7 GiB."""
+
+    class Properties:
+        name = "NVIDIA H100 80GB HBM3"
+        total_memory = 85_000_000_000
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties)
+    monkeypatch.setattr(resources, "check_fit", lambda *arguments: None)
+    pages = {"SC_PHYS_PAGES": 144 * 2**30 // 4096, "SC_PAGE_SIZE": 4096}
+    monkeypatch.setattr(resources.os, "sysconf", pages.__getitem__)
+    student = read_hf_config(CONFIGS / "nemotron_nano_8b")
+    precision = config.precision.model_copy(update={"student": "bfloat16"})
+    on_gpu = config.model_copy(update={"device": "cuda", "precision": precision})
+    with pytest.raises(UserError) as caught:
+        resources.check_memory(on_gpu, student, (student,), 8, 8)
+    assert str(caught.value) == (
+        'memory = "144.7 GiB for 8 ranks on this machine, 104.7 of it to copy a checkpoint": must be at most the '
+        "144.0 GiB installed; use more nodes, or optimizer.distributed: true; tools/plan.py shows what a rank holds"
+    )
+    # Half of them on each of two nodes.
+    resources.check_memory(on_gpu, student, (student,), 8, 4)
 
 
 def test_disk_for_checkpoints(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:

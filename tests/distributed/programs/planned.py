@@ -31,6 +31,7 @@ def run_case(case: dict[str, Any], student: str, teacher: str) -> dict[str, Any]
     from sead_megatron.data.types import TokenTable
     from sead_megatron.objectives import build_objective
     from sead_megatron.parallel.groups import destroy_groups
+    from sead_megatron.training.checkpoint_shards import ModelShards, bytes_of
     from sead_megatron.training.models import build_models
     from sead_megatron.training.step_plan import plan_step
 
@@ -56,7 +57,7 @@ def run_case(case: dict[str, Any], student: str, teacher: str) -> dict[str, Any]
         update = partial(models.student.train_step, plan, scores, coefficients)
         _, report["update"] = peak(update)
         report["hidden"] = 0 if scores is None else storage(part.hidden for part in scores.parts)
-    report |= held(models)
+    report |= held(models) | {"checkpoint": bytes_of(ModelShards(models.student, None).share(moments=True))}
     destroy_groups()
     return report
 
