@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -92,11 +93,11 @@ class Run:
                 "run_dir": "unused",
                 "steps": 100,
                 "student": {"path": model},
-                "teacher": {"path": model},
-                "precision": {"student": "float32", "teacher": "float32"},
+                "precision": {"student": "float32"},
                 "data": {"prompts": "unused", "prompts_per_step": RANKS},
                 "rollout": {"max_new_tokens": 32, "max_model_len": 64, "kv_cache_gib": 0.1},
-                "objective": {"name": "grpo", "clip_low": 0.2},
+                "objective": {"name": "grpo"},
+                "batch": {"max_tokens_per_microbatch": 128},
                 "optimizer": {"lr": 1e-6},
             }
         )
@@ -291,7 +292,12 @@ def table(content: dict[str, Any]) -> str:
 
 def main() -> int:
     if sys.argv[1:2] == ["--worker"]:
-        worker(*sys.argv[2:4])
+        try:
+            worker(*sys.argv[2:4])
+        except Exception:
+            # The process group's destructor would wait for the other rank.
+            traceback.print_exc()
+            os._exit(1)
         return 0
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path, metavar="RESULTS")

@@ -194,7 +194,7 @@ def _try_lock(lock_path: Path, run_dir: Path) -> None:
 def _lock(descriptor: int, run_dir: Path) -> None:
     """Refuse a second job in one run directory. The kernel releases the lock when the process dies.
 
-    A record lock, not flock: that one would live on in the processes which Megatron's checkpoint writer forks.
+    A record lock, not flock: that one would live on in every process that this one forks.
     """
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
