@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import rank
 import torch
@@ -88,19 +90,38 @@ def model_tensors(models: Any) -> Tensors:
     return {name: tensor.clone() for name, tensor in HFStream(models.student.model, 1)}
 
 
+def late_write(event: threading.Event) -> Callable[[Any], Any]:
+    """`ShareWriter.write` on a disk that does nothing until an event."""
+    from sead_megatron.training.checkpoint_writer import ShareWriter
+
+    write = ShareWriter.write
+
+    def late(writer: Any) -> Any:
+        assert event.wait(300)
+        return write(writer)
+
+    return late
+
+
 def save(case: dict[str, Any], models: Any, objective: Any, directory: Path) -> dict[str, Any]:
-    """Step 0, checkpoint and what it must restore, step 1."""
+    """Step 0, checkpoint and what it must restore, step 1. No file is written before that step is done."""
     from sead_megatron.training.checkpoint import Checkpointer
+    from sead_megatron.training.checkpoint_files import checkpoint_path
+    from sead_megatron.training.checkpoint_writer import ShareWriter
 
     take_step(models, objective, 0)
     state: dict[str, Any] = {"step": 1, "skipped_steps": 0, "skipped_in_a_row": 0}
     state |= {"schedule": models.student.optimizer.state_dict(), "curriculum": {}, "objective": {}}
     checkpoints = Checkpointer(directory, 1, models.student)
-    checkpoints.save(1, state)
+    stepped = threading.Event()
+    with mock.patch.object(ShareWriter, "write", late_write(stepped)):
+        checkpoints.save(1, state)
     optimizer = optimizer_tensors(models.student)
     result = take_step(models, objective, 1)
     weights = model_tensors(models)
-    # Only now: what the files hold must not depend on the step that was taken while they were written.
+    checkpoints.poll()
+    assert checkpoints.is_busy and not checkpoint_path(directory, 1).exists()
+    stepped.set()
     checkpoints.finish()
     if dist.get_rank() == 0:
         save_file(optimizer, directory / "optimizer.safetensors")
