@@ -175,12 +175,13 @@ def measure_after(run: Run, directory: Path) -> dict[str, Any]:
     peaks = [peak_above(lambda: write(1)), peak_above(lambda: write(2))]
     quiet = [run.step() for _ in range(QUIET_STEPS)]
     checkpoints.take_metrics()
-    blocked, written, beside = [], [], []
+    copied, blocked, written, beside = [], [], [], []
     for number in range(ROUNDS):
         dist.barrier()
         started = time.perf_counter()
         checkpoints.save(3 + number, STATE | {"step": 3 + number})
         waited = time.perf_counter() - started
+        copied.append(waited)
         while checkpoints._write is not None:
             beside.append(run.step())
             started = time.perf_counter()
@@ -192,6 +193,7 @@ def measure_after(run: Run, directory: Path) -> dict[str, Any]:
     return {
         "share": bytes_of(ModelShards(run.student, None).share(moments=True)),
         "peaks": peaks,
+        "copied": copied,
         "blocked": blocked,
         "written": written,
         "quiet_steps": quiet,
@@ -253,6 +255,7 @@ def summary(before: list[dict[str, Any]] | None, after: list[dict[str, Any]]) ->
     written = round(statistics.median(after[0]["written"]), 3)
     found: dict[str, Any] = {
         "blocked_seconds": worst(after, "blocked"),
+        "of_it_copy_seconds": worst(after, "copied"),
         "write_seconds": written,
         "blocked_share": round(worst(after, "blocked") / written, 3),
         "step_seconds": worst(after, "quiet_steps"),
