@@ -329,7 +329,8 @@ def main() -> int:
         "date": datetime.now(UTC).date().isoformat(),
         "commit": commit(),
         "machine": machine(),
-        "command": "benchmarks/checkpoint.py " + " ".join(sys.argv[1:]),
+        "command": f"benchmarks/checkpoint.py {options.output}"
+        + (" --before CHECKOUT" if options.before else ""),
         "model": "random weights in the shape of SmolLM2-135M, float32, Adam; two data-parallel ranks, one thread each",
         "load_average": os.getloadavg()[0],
         "rows": rows,
