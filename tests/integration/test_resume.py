@@ -98,7 +98,7 @@ def test_killed_once_in_every_phase(baseline: tuple[Path, Path], tmp_path: Path)
     """Kills of one run, each resumed by the next command: rollout, teacher, update, sync, while a checkpoint is
     copied, written, indexed and committed, after the commit, and around the step's record.
 
-    The loop goes on while the writing thread is at work, so a record more or less may be there.
+    The loop goes on while the writing threads are at work, so a record more or less may be there.
     """
     config, wanted = baseline
     run = tmp_path / "run"
@@ -106,8 +106,8 @@ def test_killed_once_in_every_phase(baseline: tuple[Path, Path], tmp_path: Path)
     # Calls of generate: one for each evaluation, one for each step.
     kills: list[tuple[dict[str, Any], list[int], list[str]]] = [
         (ROLLOUT | {"call": 3}, [1], []),
-        (COPYING | {"call": 1, "action": "kill after"}, [1], []),
-        (WRITING | {"call": 1}, [1, 2], []),
+        (COPYING | {"call": 1, "action": "kill after"}, [1], [f"{two}.partial"]),
+        (WRITING | {"call": 1}, [1, 2], [f"{two}.partial"]),
         (WRITING_A_TENSOR | {"call": 5}, [1, 2], [f"{two}.partial"]),
         (WRITING_A_TENSOR | {"call": 5, "rank": 1}, [1, 2], [f"{two}.partial"]),
         (WRITING | {"call": 1, "action": "kill after"}, [1, 2], [f"{two}.partial"]),
@@ -129,7 +129,8 @@ def test_killed_once_in_every_phase(baseline: tuple[Path, Path], tmp_path: Path)
         found = _steps(run / "metrics.jsonl")
         in_loop = fault["attribute"] not in beside or number == len(kills) - 1
         assert found == steps or (not in_loop and found == steps[:-1]), (fault, found)
-        assert _checkpoints(run) == checkpoints, fault
+        # A rank may be killed before its writing thread has made the directory.
+        assert _checkpoints(run) in (checkpoints, [c for c in checkpoints if ".partial" not in c]), fault
     _finish(config, run, wanted)
 
 
