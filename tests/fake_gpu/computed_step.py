@@ -94,24 +94,25 @@ def one_step(
 
 def save(models: Any, directory: Path) -> None:
     """A checkpoint after the first step (a collective)."""
-    from sead_megatron.training.checkpoint import commit_checkpoint, write_checkpoint
+    from sead_megatron.training.checkpoint import Checkpointer
 
     state: dict[str, Any] = {"step": 1, "skipped_steps": 0, "skipped_in_a_row": 0}
     state |= {"schedule": models.student.optimizer.state_dict(), "curriculum": {}, "objective": {}}
-    write_checkpoint(directory, 1, models.student, state)
-    if dist.get_rank() == 0:
-        commit_checkpoint(directory, 1, keep=1)
+    checkpoints = Checkpointer(directory, 1, models.student)
+    checkpoints.save(1, state)
+    checkpoints.finish()
     dist.barrier()
 
 
 def load(models: Any, directory: Path) -> None:
     """Restores it."""
-    from sead_megatron.training.checkpoint import load_checkpoint
-    from sead_megatron.training.checkpoint_files import checkpoint_path, read_state
+    from sead_megatron.training.checkpoint import find_checkpoint
+    from sead_megatron.training.checkpoint_reader import load_checkpoint
 
-    path = checkpoint_path(directory, 1)
-    load_checkpoint(path, models.student)
-    models.student.optimizer.load_state_dict(read_state(path)["schedule"])
+    found = find_checkpoint(directory)
+    assert found is not None
+    load_checkpoint(found, models.student)
+    models.student.optimizer.load_state_dict(found.state["schedule"])
 
 
 def run_case(case: dict[str, Any], device: torch.device, directory: Path) -> Tensors:

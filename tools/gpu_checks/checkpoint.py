@@ -12,8 +12,9 @@ from gpu_checks.report import Context
 from gpu_checks.step import SMALL_LOAD, TINY_LOAD, worst
 from gpu_checks.world import Stepper, join_world
 from sead_megatron.parallel.groups import destroy_groups
-from sead_megatron.training.checkpoint import commit_checkpoint, load_checkpoint, write_checkpoint
+from sead_megatron.training.checkpoint import Checkpointer, FoundCheckpoint
 from sead_megatron.training.checkpoint_files import check_checkpoint, checkpoint_path, read_state
+from sead_megatron.training.checkpoint_reader import load_checkpoint
 
 # Backward passes of attention may sum in any order on a GPU; bfloat16 weights then differ in some last bits.
 NEXT_STEP = 1e-3
@@ -35,8 +36,10 @@ def run(context: Context) -> None:
     started = time.perf_counter()
     state = {"step": 1, "weight_version": 1, "skipped_steps": 0, "skipped_in_a_row": 0}
     state |= {"schedule": student.optimizer.state_dict(), "curriculum": {}, "objective": {}}
-    write_checkpoint(directory, 1, student, state)
-    commit_checkpoint(directory, 1, keep=1)
+    checkpoints = Checkpointer(directory, 1, student)
+    checkpoints.save(1, state)
+    report.number("blocked seconds", round(time.perf_counter() - started, 2))
+    checkpoints.finish()
     path = checkpoint_path(directory, 1)
     report.number("save seconds", round(time.perf_counter() - started, 2))
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
@@ -49,8 +52,9 @@ def run(context: Context) -> None:
     second = Stepper.build(config, load, device)
     started = time.perf_counter()
     check_checkpoint(path)
-    load_checkpoint(path, second.models.student)
-    second.models.student.optimizer.load_state_dict(read_state(path)["schedule"])
+    found = FoundCheckpoint(path, read_state(path))
+    load_checkpoint(found, second.models.student)
+    second.models.student.optimizer.load_state_dict(found.state["schedule"])
     report.number("load seconds", round(time.perf_counter() - started, 2))
     restored = second.weights() | optimizer_state(second)
     different = [name for name, tensor in saved.items() if not same_bits(tensor, restored.get(name))]
