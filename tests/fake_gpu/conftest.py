@@ -21,6 +21,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--results", type=Path, help="write what the cases measured to this JSON file")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """`test_cuda_library.py` loads the library into this process, and skips where there is none."""
+    library = config.getoption("--rehearsal").absolute() / "vllm-0.33" / "cuda" / "lib" / "libcuda.so.1"
+    if library.exists():
+        os.environ["FAKE_CUDA_LIB"] = str(library)
+
+
 @pytest.fixture(scope="session")
 def pairs(request: pytest.FixtureRequest) -> dict[str, Environment]:
     """Every pair of vLLM and torch by its name; without their environments nothing can be rehearsed."""

@@ -71,6 +71,22 @@ def skip_weight_files() -> None:
     models.load_output_shard = output_shard
 
 
+def play_values_that_kernels_would_give() -> None:
+    """Which rows are active is the result of a kernel: every second one, as `half_of_the_tokens` says."""
+    import sead_kernels.split_kl.cuda.build as cuda_build
+    import torch
+
+    from sead_megatron.training.device_rows import ActiveRows, to_device
+
+    def every_second(weighted: Any, divergence: Any, device: Any) -> ActiveRows:
+        rows = to_device(torch.arange(0, len(weighted), 2), device)
+        return ActiveRows(rows, rows)
+
+    ActiveRows.of = every_second
+    # Launches of a static runtime would not reach the fake one.
+    cuda_build._NVCC_FLAGS = tuple("shared" if flag == "static" else flag for flag in cuda_build._NVCC_FLAGS)
+
+
 def longest_rollouts(config: Any, count: int) -> list[Any]:
     """As long as the configuration allows."""
     import numpy as np
@@ -116,21 +132,31 @@ def calibration_prompts(config: Any) -> list[Any]:
     return [Prompt(id=str(i), messages=[], token_ids=list(range(5, 200)), answer=None) for i in range(4)]
 
 
-def planned(config: Any, world: int, rank: int) -> dict[str, int]:
-    """Bytes of models and activations that the plan expects in each phase; the engine is not here."""
+def planned(config: Any, world: int, rank: int, rollouts: int) -> dict[str, dict[str, int]]:
+    """Bytes that the plan expects in each phase of a step of so many rollouts, by term; the engine is not here."""
     from sead_megatron.models.hf_config import read_hf_config
     from sead_megatron.plan.devices import DEVICES
     from sead_megatron.plan.memory import PHASES, Run, plan_memory
 
+    sections = {
+        "data": config.data.model_copy(update={"prompts_per_step": rollouts}),
+        "rollout": config.rollout.model_copy(update={"samples_per_prompt": 1}),
+    }
+    config = config.model_copy(update=sections)
     teachers = tuple(read_hf_config(path) for path in config.teachers)
     run = Run(config, read_hf_config(config.student.path), teachers, world, DEVICES["h100"])
     (memory,) = plan_memory(run, [rank])
     absent = {"process", "engine weights", "engine workspace", "engine asleep", "KV cache"}
-    plan = {
-        phase: sum(size for term, size in memory.terms(phase).items() if term not in absent)
-        for phase in PHASES
+    # Of the student's first forward pass: models are built, and the teacher scores, before it.
+    later = {"student FP8 copies"}
+    terms = {phase: memory.terms(phase) for phase in PHASES}
+    terms |= {"build": memory.always, "teacher": memory.terms("teacher", first_step=True)}
+    for phase in ("build", "teacher"):
+        terms[phase] = {term: size for term, size in terms[phase].items() if term not in later}
+    return {
+        phase: {term: size for term, size in named.items() if term not in absent}
+        for phase, named in terms.items()
     }
-    return plan | {"build": sum(size for term, size in memory.always.items() if term not in absent)}
 
 
 def run(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -149,6 +175,7 @@ def run(arguments: dict[str, Any]) -> dict[str, Any]:
     device = job.init_world("cuda")
     attention = te_attention.install()
     skip_weight_files()
+    play_values_that_kernels_would_give()
     gauge = Gauge(device)
     gauge.start()
     models = build_models(config, device, calibration_prompts(config))
@@ -174,7 +201,7 @@ def run(arguments: dict[str, Any]) -> dict[str, Any]:
     rows = len(plan.student[student.model.groups.dp_rank])
     return {
         "readings": readings,
-        "planned": planned(config, arguments["world"], arguments["rank"]),
+        "planned": planned(config, arguments["world"], arguments["rank"], len(plan.rollouts)),
         "microbatches": rows,
         "streamed": elements,
         "attention": sorted(attention),

@@ -18,12 +18,15 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sead_m
 def fake_environment(environment: Environment, settings: dict[str, str]) -> dict[str, str]:
     """Variables of a program in an environment; `settings` are added (FAKE_*, VLLM_*)."""
     paths = (ROOT, ROOT / "tests", ROOT / "tests" / "distributed" / "programs", HERE, environment.packages)
-    return {name: value for name, value in os.environ.items() if not name.startswith(("LD_", "PYTEST"))} | {
+    return {
+        name: value for name, value in os.environ.items() if not name.startswith(("LD_", "PYTEST", "FAKE_"))
+    } | {
         "PYTHONPATH": os.pathsep.join(map(str, paths)),
         "OMP_NUM_THREADS": "1",
         "FAKE_GPU": "1",
         # Compiled functions would be Triton kernels.
         "TORCHDYNAMO_DISABLE": "1",
+        "SEAD_KERNELS_CACHE": str(CACHE / "sead_kernels"),
         "TRITON_CACHE_DIR": str(CACHE / "triton"),
         "VLLM_CACHE_ROOT": str(CACHE / "vllm"),
         "FLASHINFER_WORKSPACE_BASE": str(CACHE / "flashinfer"),

@@ -6,6 +6,7 @@ give. What attention is asked for is recorded and checked for what holds of ever
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -18,26 +19,19 @@ def install() -> set[str]:
     import transformer_engine.pytorch.attention.dot_product_attention.utils as utils
 
     seen: set[str] = set()
+    real = inspect.signature(backends.fused_attn_fwd)
     any_length = int(utils.FusedAttnBackend.F16_arbitrary_seqlen.value)
     utils._get_fused_attn_backend = lambda **options: (any_length, "")
 
-    def forward(
-        is_training: bool,
-        max_q: int,
-        max_kv: int,
-        cu_q: Tensor,
-        cu_kv: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *arguments: Any,
-        **options: Any,
-    ) -> tuple[Tensor, list[Tensor]]:
-        for tensor in (cu_q, cu_kv, q, k, v):
+    def forward(*arguments: Any, **options: Any) -> tuple[Tensor, list[Tensor]]:
+        given = real.bind(*arguments, **options).arguments
+        q, k, v = (given[name] for name in ("q", "k", "v"))
+        lengths = [given[name] for name in ("cu_seqlens_q", "cu_seqlens_kv")]
+        for tensor in (*lengths, q, k, v):
             assert tensor.is_cuda, f"attention was given a tensor on {tensor.device}"
-        assert cu_q.dtype == cu_kv.dtype == torch.int32
-        window = options.get("window_size")
-        seen.add(f"{options.get('qkv_layout')} {options.get('attn_mask_type')} window {window} {q.dtype}")
+        assert all(tensor.dtype == torch.int32 for tensor in lengths)
+        how = [str(given.get(name)) for name in ("qkv_layout", "attn_mask_type", "window_size")]
+        seen.add(" ".join([*how, str(q.dtype)]))
         out = torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device=q.device)
         softmax = torch.empty(q.shape[0], q.shape[1], 1, dtype=torch.float32, device=q.device)
         return out, [softmax, torch.empty(2, dtype=torch.int64, device=q.device)]

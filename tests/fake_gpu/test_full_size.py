@@ -76,7 +76,8 @@ def check_report(report: dict[str, Any]) -> dict[str, float]:
         copies = counted["copies_d2h"]
         assert copies <= bounds["copies_to_host"] * microbatches, f"{phase}: {copies} copies to the host"
     return {
-        phase: readings[phase]["allocated" if phase == "build" else "peak"] / report["planned"][phase]
+        phase: readings[phase]["allocated" if phase == "build" else "peak"]
+        / sum(report["planned"][phase].values())
         for phase in BOUNDS["memory"]
     }
 

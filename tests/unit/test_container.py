@@ -67,7 +67,7 @@ def test_versions_of_the_image_pass() -> None:
          "triton = not installed: the image brought 3.7.1+gitf797708c.nv26.7, and what was compiled against it "
          "needs that very build; find the install that replaced it"),
         ({"math_verify": None}, "math-verify: not installed; sead_megatron needs <0.10,>=0.9"),
-        ({"transformers": "5.21.0"}, "transformers = 5.21.0: sead_megatron needs <5.20,>=5.16.1"),
+        ({"transformers": "5.21.0"}, "transformers = 5.21.0: sead_megatron needs <5.21,>=5.16.1"),
         ({"megatron_core": "0.20.0"}, "megatron-core = 0.20.0: sead_megatron needs <0.20,>=0.16.1"),
         ({"vllm": "0.24.0+092c4842.nv26.7"}, "vllm = 0.24.0+092c4842.nv26.7: sead_megatron needs >=0.32"),
         ({"vllm": "0.33.0"},
