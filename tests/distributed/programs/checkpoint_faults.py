@@ -27,7 +27,7 @@ def skip_step(models: Any, objective: Any) -> None:
     table = table.with_columns(**models.student.token_stats(plan, scores))
     coefficients = objective.coefficients(table, 0)
     coefficients.weights.fill_(0.25)
-    assert not models.student.train_step(plan, poisoned(scores, 0), coefficients).applied
+    assert not models.student.train_step(plan, poisoned(scores, 0, "hidden"), coefficients).applied
 
 
 def build(case: dict[str, Any], student: str, teacher: str) -> tuple[Any, Any]:
