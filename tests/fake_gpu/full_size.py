@@ -129,7 +129,10 @@ def calibration_prompts(config: Any) -> list[Any]:
 
     if config.precision.teacher != "modelopt_fp8":
         return []
-    return [Prompt(id=str(i), messages=[], token_ids=list(range(5, 200)), answer=None) for i in range(4)]
+    return [
+        Prompt(id=str(i), messages=[], token_ids=list(range(5, 200)), answer=None, domain=None)
+        for i in range(4)
+    ]
 
 
 def planned(config: Any, world: int, rank: int, rollouts: int) -> dict[str, dict[str, int]]:
