@@ -62,7 +62,7 @@ def run(arguments: dict[str, Any]) -> dict[str, Any]:
         seed=1,
         scored_temperature=1.0,
     )
-    script_the_samplers()
+    script_the_samplers(asynchronous=arguments["rollout"].get("async_scheduling", True))
     weights = CheckpointWeights(arguments["model"])
     memory: dict[str, float] = {}
     rounds = []

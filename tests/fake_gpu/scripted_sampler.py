@@ -18,10 +18,11 @@ _STOPS_EVERY = 4
 
 
 class _Script:
-    """Counts the steps of this process."""
+    """Counts the steps of this process, and knows how V1 goes on with the tokens."""
 
     def __init__(self) -> None:
         self.steps = 0
+        self.ids_v1 = torch.int32
 
     def tokens(self, rows: int) -> list[int]:
         """The tokens of the next step's rows."""
@@ -50,7 +51,7 @@ def _sample_v1(self: Any, logits: Any, sampling_metadata: Any, *arguments: Any, 
     logits = logits.to(torch.float32)
     logits = self.apply_logits_processors(logits, sampling_metadata, predict_bonus_token=False)
     tokens, device = _script.tokens(len(logits)), logits.device
-    ids = _on_device([[token] for token in tokens], torch.int32, device)
+    ids = _on_device([[token] for token in tokens], _script.ids_v1, device)
     return SamplerOutput(sampled_token_ids=ids, logprobs_tensors=_logprobs(tokens, device))
 
 
@@ -83,8 +84,13 @@ def _sample_v2(self: Any, logits: Any, input_batch: Any) -> Any:
     return output
 
 
-def install() -> None:
-    """Scripts both runners' samplers in this process."""
+def install(*, asynchronous: bool) -> None:
+    """Scripts both runners' samplers in this process.
+
+    V1 copies the tokens, which are int32, to an int64 buffer of the host when scheduling is synchronous; that
+    conversion is a kernel, so they are int64 at once.
+    """
+    _script.ids_v1 = torch.int32 if asynchronous else torch.int64
     from vllm.v1.worker.gpu.sample.sampler import Sampler as SamplerV2
 
     SamplerV1.forward = _sample_v1
