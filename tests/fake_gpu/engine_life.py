@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +67,16 @@ def run(arguments: dict[str, Any]) -> dict[str, Any]:
     weights = CheckpointWeights(arguments["model"])
     memory: dict[str, float] = {}
     rounds = []
+    warned: set[str] = set()
     for version in range(2):
         engine.wake_for_weights()
         engine.load_weights(weights, version)
         engine.wake_for_rollouts()
         memory["awake"] = used_mib()
-        generated = engine.generate(PROMPTS, list(range(len(PROMPTS))), Sampling(0.7, NEW_TOKENS, (2,)))
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            generated = engine.generate(PROMPTS, list(range(len(PROMPTS))), Sampling(0.7, NEW_TOKENS, (2,)))
+        warned |= {str(warning.message) for warning in said}
         rounds.append(
             [
                 {
@@ -90,6 +95,7 @@ def run(arguments: dict[str, Any]) -> dict[str, Any]:
         "memory": memory,
         "contexts": contexts(torch.cuda.device_count()),
         "version": engine.weight_version,
+        "warnings": sorted(warned),
     }
     engine.close()
     dist.barrier()
