@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -41,3 +42,13 @@ def test_table_of_metrics() -> None:
     command = [sys.executable, "tools/document_metrics.py"]
     table = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert table in (ROOT / "docs/metrics.md").read_text(), "run python tools/document_metrics.py --write"
+
+
+def test_table_of_the_rehearsal() -> None:
+    """Written by `make rehearse`, which needs wheels that this suite does not."""
+    measured = json.loads((ROOT / "benchmarks/results/rehearsal.json").read_text())["cases"]
+    document = (ROOT / "docs/gpu.md").read_text()
+    assert len(measured) > 10
+    for name, case in measured.items():
+        ratios = [f"{case['of the plan'][phase]:.3f}" for phase in ("build", "teacher", "update", "sync")]
+        assert f"| {' | '.join([name, *ratios])} |" in document, name
