@@ -32,6 +32,16 @@ class Plan:
         """Bytes on the fullest rank."""
         return max(rank.peak for rank in self.memory)
 
+    @property
+    def checkpoint_copy(self) -> int:
+        """Bytes of host memory on the rank that copies most of a checkpoint."""
+        return max(rank.checkpoint_copy for rank in self.memory)
+
+    @property
+    def checkpoint_seconds(self) -> float:
+        """What a step waits when a checkpoint is due, in no total: files are written beside the next steps."""
+        return self.checkpoint_copy / self.assumptions.host_bandwidth
+
 
 def headline(plan: Plan) -> str:
     """Layouts and world in one line."""
@@ -94,16 +104,14 @@ def time_rows(time: StepTime) -> list[list[str]]:
 
 def checkpoint_line(plan: Plan) -> str:
     """What a checkpoint takes: host memory, the step's time, and the disk."""
-    copies = [rank.checkpoint_copy for rank in plan.memory]
     line = (
-        f"checkpoint every {plan.run.config.checkpoint.every} steps: {sum(copies) / GIB:.1f} GiB on disk, "
-        f"copied to at most {max(copies) / GIB:.2f} GiB of a rank's host memory"
+        f"checkpoint every {plan.run.config.checkpoint.every} steps: "
+        f"{sum(rank.checkpoint_copy for rank in plan.memory) / GIB:.1f} GiB on disk, "
+        f"copied to at most {plan.checkpoint_copy / GIB:.2f} GiB of a rank's host memory"
     )
-    return (
-        line
-        if plan.time is None
-        else f"{line} in {plan.time.checkpoint:.1f} s, written beside the next steps"
-    )
+    if plan.time is None:
+        return line
+    return f"{line} in {plan.checkpoint_seconds:.1f} s, written beside the next steps"
 
 
 def assumption_lines(plan: Plan) -> list[str]:
@@ -167,7 +175,9 @@ def as_json(plan: Plan) -> dict[str, Any]:
             }
             for rank in plan.memory
         ],
-        "time": None if plan.time is None else asdict(plan.time) | {"total": plan.time.total},
+        "time": None
+        if plan.time is None
+        else asdict(plan.time) | {"total": plan.time.total, "checkpoint": plan.checkpoint_seconds},
         "assumptions": asdict(plan.assumptions) | {"lengths": plan.lengths.describe()},
     }
 

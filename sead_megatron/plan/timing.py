@@ -18,7 +18,7 @@ from sead_megatron.models.stages import layer_parameters
 from sead_megatron.parallel.layout import Layout
 from sead_megatron.plan.devices import Device
 from sead_megatron.plan.lengths import Lengths
-from sead_megatron.plan.memory import Run, plan_memory
+from sead_megatron.plan.memory import Run
 
 _DRAWS = 32
 
@@ -64,8 +64,6 @@ class StepTime:
     update: float
     sync: float
     overhead: float
-    checkpoint: float
-    """What a step waits when a checkpoint is due, in no total: files are written beside the next steps."""
     flops: dict[str, float]
     """Of the whole world, by phase."""
     tokens: float
@@ -105,9 +103,6 @@ class _Model:
         self._student_matrices = self._student_trunk + _vocabulary(run.student)
         self._engine_weights = run.engine_weights()
         self._kv_bytes = run.kv_bytes_per_token()
-        # Of every stage of the first replica, which owns as much as any.
-        block = plan_memory(run, range(run.student_layout.block_size))
-        self._checkpoint_copy = max(rank.checkpoint_copy for rank in block)
 
     def step(self, responses: np.ndarray) -> StepTime:
         rollout, tail = self.rollout(responses)
@@ -121,7 +116,6 @@ class _Model:
             update=update,
             sync=self.sync(),
             overhead=self._given.fixed_overhead,
-            checkpoint=self._checkpoint_copy / self._given.host_bandwidth,
             flops={"rollout": sampled, "teacher": teacher_flops, "update": update_flops},
             tokens=float(self._tokens(responses).sum()),
         )
