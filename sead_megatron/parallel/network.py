@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import threading
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from sead_megatron.background import Background
 from sead_megatron.errors import UserError
 
 # Longer than the slowest collective of a healthy run (waiting for the longest rollout), short enough to end a dead one.
@@ -33,26 +33,20 @@ def connect(
     for another one, which is left to its fate: it holds no lock of the interpreter while it connects. Seen to end in
     time with gloo; not run with NCCL on a network.
     """
-    failure: list[Exception] = []
 
-    def run() -> None:
-        try:
-            if device is not None:
-                torch.cuda.set_device(device)  # of this thread
-            dist.init_process_group(backend, timeout=_COLLECTIVE_TIMEOUT, device_id=device)
-        except Exception as error:
-            failure.append(error)
+    def make() -> None:
+        if device is not None:
+            torch.cuda.set_device(device)  # of this thread
+        dist.init_process_group(backend, timeout=_COLLECTIVE_TIMEOUT, device_id=device)
 
-    thread = threading.Thread(target=run, name="connect", daemon=True)
-    thread.start()
-    thread.join(timeout.total_seconds())
-    if thread.is_alive():
+    connecting = Background(make, "connect")
+    if not connecting.ends_within(timeout.total_seconds()):
         raise _unreachable(backend, f"not connected within {timeout.total_seconds():g} s")
-    for error in failure:
+    try:
+        connecting.result()
+    except RuntimeError as error:
         # What torch says of the network is a RuntimeError; anything else is a fault.
-        if isinstance(error, RuntimeError):
-            raise _unreachable(backend, f"not connected ({_reason(error)})") from error
-        raise error
+        raise _unreachable(backend, f"not connected ({_reason(error)})") from error
 
 
 def check_reachable(device: torch.device, timeout: timedelta = _FIRST_COLLECTIVE_TIMEOUT) -> None:

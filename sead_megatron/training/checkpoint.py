@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import is_main_replica
 
+from sead_megatron.background import Background
 from sead_megatron.models.converted import sync, write_atomically
 from sead_megatron.models.distributed_writer import write_megatron_files
 from sead_megatron.training.checkpoint_files import (
@@ -32,7 +33,6 @@ from sead_megatron.training.checkpoint_files import (
 )
 from sead_megatron.training.checkpoint_shards import ModelShards
 from sead_megatron.training.checkpoint_writer import (
-    Background,
     HostCopy,
     ShareWriter,
     WrittenFiles,
@@ -134,7 +134,9 @@ class Checkpointer:
             if is_main_replica(entry.replica_id):
                 writer.add_object(entry.unique_key, entry.data)
         ours = {"format": FORMAT, "world_size": dist.get_world_size(), "optimizer_updates": updates}
-        self._write = _Write(step, json.dumps(state | ours, indent=1) + "\n", Background(writer.write))
+        self._write = _Write(
+            step, json.dumps(state | ours, indent=1) + "\n", Background(writer.write, "checkpoint")
+        )
 
     def poll(self) -> None:
         """Commits the checkpoint that is under way when every rank's files are on disk. Raises what a write raised."""
@@ -181,7 +183,7 @@ class Checkpointer:
         """Rank 0 does the rest in the background too: removing an old checkpoint takes time."""
         if self._written is not None:
             written, self._written = self._written, None
-            self._commit = Background(lambda: self._complete(written))
+            self._commit = Background(lambda: self._complete(written), "checkpoint")
 
     def _end_commit(self) -> None:
         commit, self._commit = self._commit, None

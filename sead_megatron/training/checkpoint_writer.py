@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import io
 import os
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,36 +36,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 from sead_megatron.models.converted import sync
 from sead_megatron.training.checkpoint_shards import Shard
 
-_Result = TypeVar("_Result")
 # Of every tensor in the copy.
 _ALIGNMENT = 64
-
-
-class Background(Generic[_Result]):
-    """One call in a thread of its own, which dies with the process: a rank that fails must not wait for its disk."""
-
-    def __init__(self, call: Callable[[], _Result]) -> None:
-        self._outcome: _Result | BaseException | None = None
-        self._thread = threading.Thread(target=self._run, args=(call,), name="checkpoint", daemon=True)
-        self._thread.start()
-
-    def _run(self, call: Callable[[], _Result]) -> None:
-        try:
-            self._outcome = call()
-        except BaseException as error:  # Raised again in the thread that asks for the result.
-            self._outcome = error
-
-    @property
-    def is_done(self) -> bool:
-        """Whether `result` comes back at once."""
-        return not self._thread.is_alive()
-
-    def result(self) -> _Result:
-        """What the call returned, waiting for it; raises what it raised."""
-        self._thread.join()
-        if isinstance(self._outcome, BaseException):
-            raise self._outcome
-        return self._outcome  # type: ignore[return-value]
 
 
 class HostCopy:
