@@ -1,6 +1,6 @@
 """Updates of a tiny pair on fixed rollouts, on the CPU or on fake GPUs that compute; every number goes to a file.
 
-    python -m torch.distributed.run --nproc-per-node RANKS tests/fake_gpu/computed_step.py ARGUMENTS.json
+    python -m torch.distributed.run --nproc-per-node RANKS tests/fake_gpu/computed_step.py ARGUMENTS.json REPORT.json
 
 Both sides run this program, in one Python environment, so that whatever differs comes from the device.
 """
@@ -146,10 +146,10 @@ def run_case(case: dict[str, Any], device: torch.device, directory: Path) -> Ten
 
 
 def main() -> None:
-    """Runs the cases that the arguments describe and saves rank 0's numbers of each."""
-    arguments = json.loads(Path(sys.argv[1]).read_text())
+    """Runs the cases that the arguments describe; rank 0 saves the numbers of each beside the report."""
+    arguments, report = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     hide_transformer_engine()
-    if arguments["device"] == "cuda":
+    if arguments["on_gpu"]:
         import computing
         import triton_on_host
 
@@ -157,13 +157,14 @@ def main() -> None:
         triton_on_host.install()
         compute_cuda_tiles()
     torch.set_num_threads(1)
-    device = join_world(arguments["device"])
-    results = Path(arguments["results"])
+    device = join_world("cuda" if arguments["on_gpu"] else "cpu")
     for name, case in arguments["cases"].items():
-        numbers = run_case(case, device, results / f"{name}_checkpoints")
+        numbers = run_case(case, device, report.parent / f"{name}_checkpoints")
         if dist.get_rank() == 0:
-            torch.save(numbers, results / f"{name}.pt")
+            torch.save(numbers, report.parent / f"{name}.pt")
         dist.barrier()
+    if dist.get_rank() == 0:
+        report.write_text(json.dumps([*arguments["cases"]]))
     dist.destroy_process_group()
 
 

@@ -37,11 +37,17 @@ def fake_environment(environment: Environment, settings: dict[str, str]) -> dict
 
 
 def run_command(
-    environment: Environment, arguments: list[str], settings: dict[str, str], timeout: int
+    environment: Environment,
+    arguments: list[str],
+    settings: dict[str, str],
+    timeout: int,
+    *,
+    on_gpu: bool = True,
 ) -> subprocess.CompletedProcess[str]:
-    """Runs `python ARGUMENTS` with the fake CUDA preloaded; everything it started is ended with it."""
-    script = 'source "$0/env.sh" && exec "$@"'
-    command = ["bash", "-c", script, str(environment.cuda), str(environment.python), *arguments]
+    """Runs `python ARGUMENTS`, with the fake CUDA preloaded if `on_gpu`; everything it started is ended with it."""
+    command = [str(environment.python), *arguments]
+    if on_gpu:
+        command = ["bash", "-c", 'source "$0/env.sh" && exec "$@"', str(environment.cuda), *command]
     with subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -69,20 +75,22 @@ def run_program(
     ranks: int = 1,
     timeout: int = 420,
     settings: dict[str, str] | None = None,
+    on_gpu: bool = True,
     **arguments: Any,
 ) -> Any:
     """`torchrun --nproc-per-node RANKS PROGRAM.py ARGUMENTS.json REPORT.json`; the report's content.
 
-    A rank that fails fails the test with the end of what the ranks said.
+    The arguments hold `on_gpu`. A rank that fails fails the test with the end of what the ranks said.
     """
     given, report = tmp_path / "arguments.json", tmp_path / "report.json"
-    given.write_text(json.dumps(arguments))
+    given.write_text(json.dumps(arguments | {"on_gpu": on_gpu}))
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     ended = run_command(
         environment,
         [*launcher, str(HERE / f"{program}.py"), str(given), str(report)],
         settings or {},
         timeout,
+        on_gpu=on_gpu,
     )
     said = "\n".join(line for line in ended.stderr.splitlines() if line.startswith("[rank"))
     assert ended.returncode == 0, ended.stdout[-3000:] + (said or ended.stderr)[-9000:]
