@@ -117,16 +117,17 @@ def check_support(name: str, ids: Tensor, hidden: Tensor) -> None:
         )
 
 
-def active_rows(active: Tensor | None, weighted: Tensor) -> Tensor:
-    """``active``, or the rows that ``weighted`` bool [T] marks, int64; to find them waits for the device.
+def active_rows(active: Tensor | None, coefficients: Tensor) -> Tensor:
+    """``active``, or the rows of ``coefficients`` [T] or [T, n] with one that is not 0, int64.
 
-    ValueError unless ``active`` is an int64 vector on that device.
+    To find them waits for the device. ValueError unless ``active`` is an int64 vector on that device.
     """
     if active is None:
+        weighted = coefficients if coefficients.dim() == 1 else coefficients.any(dim=1)
         return weighted.nonzero()[:, 0]
-    if active.dim() != 1 or active.dtype != torch.int64 or active.device != weighted.device:
+    if active.dim() != 1 or active.dtype != torch.int64 or active.device != coefficients.device:
         raise ValueError(
-            f"active is {describe(active)} on {active.device}, wanted an int64 vector on {weighted.device}"
+            f"active is {describe(active)} on {active.device}, wanted an int64 vector on {coefficients.device}"
         )
     return active
 

@@ -97,7 +97,7 @@ def split_kl_loss(
         options = replace(options, cache_mib=0)
     check_rows(tokens, labels=labels)
     settings = LossSettings(shard, tp_group, temperature, options, weight_tied)
-    rows = active_rows(active, coefficients.any(dim=1))
+    rows = active_rows(active, coefficients)
     loss, stats = _SplitKL.apply(
         student_hidden, student_weight, teacher_hidden, teacher_weight, labels, coefficients, rows, settings
     )

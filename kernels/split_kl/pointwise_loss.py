@@ -83,7 +83,7 @@ def pointwise_loss(
     check_whole_vocabulary(student_weight, shard, 1 if tp_group is None else tp_group.size())
     check_rows(student_hidden.shape[0], labels=labels)
     settings = LossSettings(shard, tp_group, temperature, options, weight_tied)
-    rows = active_rows(active, coefficients != 0)
+    rows = active_rows(active, coefficients)
     loss, stats = _Pointwise.apply(
         student_hidden,
         student_weight,

@@ -84,7 +84,7 @@ def topk_loss(
     }
     check_rows(tokens, **columns)
     settings = LossSettings(shard, tp_group, temperature, options, weight_tied)
-    rows = active_rows(active, coefficients.any(dim=1))
+    rows = active_rows(active, coefficients)
     loss, packed = _TopK.apply(
         student_hidden, student_weight, *target, labels, coefficients, rows, rule, settings
     )
