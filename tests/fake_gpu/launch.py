@@ -67,6 +67,12 @@ def run_command(
     return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
 
 
+def torchrun(program: str, ranks: int) -> list[str]:
+    """Arguments of Python that start a program of this folder on so many ranks."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return [*launcher, str(HERE / f"{program}.py")]
+
+
 def run_program(
     environment: Environment,
     program: str,
@@ -84,10 +90,9 @@ def run_program(
     """
     given, report = tmp_path / "arguments.json", tmp_path / "report.json"
     given.write_text(json.dumps(arguments | {"on_gpu": on_gpu}))
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     ended = run_command(
         environment,
-        [*launcher, str(HERE / f"{program}.py"), str(given), str(report)],
+        [*torchrun(program, ranks), str(given), str(report)],
         settings or {},
         timeout,
         on_gpu=on_gpu,

@@ -5,14 +5,13 @@ from __future__ import annotations
 import pytest
 
 from tests.fake_gpu.environment import Environment
-from tests.fake_gpu.launch import HERE, run_command
+from tests.fake_gpu.launch import run_command, torchrun
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("pair", ["vllm-0.33", "vllm-0.32"])
 def test_torch_collectives(pairs: dict[str, Environment], pair: str, ranks: int) -> None:
     """Every collective, point to point and groups, to the bit."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    ended = run_command(pairs[pair], [*launcher, str(HERE / "torch_collectives.py")], {}, 300)
+    ended = run_command(pairs[pair], torchrun("torch_collectives", ranks), {}, 300)
     assert ended.returncode == 0, ended.stderr[-6000:]
     assert f"torch collectives OK, {ranks} ranks" in ended.stdout
