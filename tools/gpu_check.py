@@ -16,10 +16,10 @@ synchronisations, memory against the plan), `speed` (`bench_gpu.py` in short, me
 of its own with its share of the time that is left: one that fails or hangs costs the others nothing, and one that is
 killed keeps the numbers it had.
 
-`--rehearse` (or FAKE_GPU=1) is for a library that plays CUDA with kernels that do nothing: everything runs at tiny
-sizes and no number is compared. Nothing is then learnt of numbers or time.
+`--tiny` takes the sizes of `--device cpu` on a GPU too: for a CUDA that computes on the CPU (tests/fake_gpu), or to see
+within a minute whether everything is there.
 
-The result: `{date, commit, machine, versions, device, rehearsal, minutes, sections: {name: {status, seconds, limit,
+The result: `{date, commit, machine, versions, device, tiny, minutes, sections: {name: {status, seconds, limit,
 numbers, failures}}}`; `status` is passed, failed, skipped or timed out. Exit code 1: a section failed or timed out.
 """
 
@@ -78,11 +78,11 @@ def environment_of(directory: Path, given: Mapping[str, str]) -> dict[str, str]:
 
 
 def run_section(
-    section: Section, limit: float, directory: Path, device: str, rehearse: bool, environment: dict[str, str]
+    section: Section, limit: float, directory: Path, device: str, tiny: bool, environment: dict[str, str]
 ) -> dict[str, Any]:
     """The section's entry in the result. Its process and all that it started are killed after `limit` seconds."""
     command = [sys.executable, "-m", "gpu_checks.worker", section.name, str(directory), device]
-    command += [str(int(rehearse)), f"{limit:.1f}"]
+    command += [str(int(tiny)), f"{limit:.1f}"]
     started = time.monotonic()
     log = directory / f"{section.name}.log"
     with (
@@ -127,7 +127,7 @@ def last_words(log: Path) -> str:
 
 
 def run_all(
-    sections: Sequence[Section], device: str, rehearse: bool, minutes: float, console: Console
+    sections: Sequence[Section], device: str, tiny: bool, minutes: float, console: Console
 ) -> dict[str, dict[str, Any]]:
     """All sections in order, within `minutes`; one line each."""
     deadline = time.monotonic() + 60 * minutes - RESERVE
@@ -137,7 +137,7 @@ def run_all(
         environment = environment_of(directory, os.environ)
         for number, section in enumerate(sections):
             limit = seconds_for(section, sections[number + 1 :], deadline - time.monotonic())
-            entry = run_section(section, limit, directory, device, rehearse, environment)
+            entry = run_section(section, limit, directory, device, tiny, environment)
             results[section.name] = entry
             console.print(line_of(section, entry), highlight=False, soft_wrap=True)
     return results
@@ -202,9 +202,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--minutes", type=_minutes, default=9.0, help="for everything; default: %(default)g")
     options.add_argument("--output", type=Path, default=Path("gpu_check.json"), help="default: %(default)s")
     options.add_argument("--sections", nargs="+", choices=NAMES, default=NAMES, metavar="NAME")
-    options.add_argument(
-        "--rehearse", action="store_true", default=os.environ.get("FAKE_GPU") == "1", help="compare no number"
-    )
+    options.add_argument("--tiny", action="store_true", help="on a GPU, the sizes of --device cpu")
     return options
 
 
@@ -213,8 +211,8 @@ def main(arguments: Sequence[str]) -> int:
     options = parser().parse_args(arguments)
     sections = [section for section in SECTIONS if section.name in options.sections]
     result = describe(options.device)
-    result |= {"device": options.device, "rehearsal": options.rehearse, "minutes": options.minutes}
-    result["sections"] = run_all(sections, options.device, options.rehearse, options.minutes, Console())
+    result |= {"device": options.device, "tiny": options.tiny, "minutes": options.minutes}
+    result["sections"] = run_all(sections, options.device, options.tiny, options.minutes, Console())
     options.output.write_text(json.dumps(result, indent=1) + "\n")
     statuses = {entry["status"] for entry in result["sections"].values()}
     return int(bool(statuses & {"failed", "timed out"}))

@@ -96,12 +96,14 @@ def seconds_of(run: Callable[[], Any], device: torch.device, repeats: int) -> fl
     return statistics.median(times)
 
 
-def machine_limits(device: torch.device, dtype: torch.dtype, repeats: int) -> tuple[float, float]:
-    """(FLOP/s of a large GEMM with float32 accumulation, bytes/s of a large copy, read and written)."""
-    size = 8192 if device.type == "cuda" else 512
+def machine_limits(
+    device: torch.device, dtype: torch.dtype, repeats: int, *, large: bool
+) -> tuple[float, float]:
+    """(FLOP/s of a GEMM with float32 accumulation, bytes/s of a copy, read and written). `large`: as a GPU wants it."""
+    size = 8192 if large else 512
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     flops = 2 * size**3 / seconds_of(lambda: torch.mm(left, right), device, repeats)
-    source = torch.empty(2**28 if device.type == "cuda" else 2**22, dtype=torch.float32, device=device)
+    source = torch.empty(2**28 if large else 2**22, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     return flops, 2 * source.numel() * 4 / seconds_of(lambda: target.copy_(source), device, repeats)
 
@@ -140,10 +142,15 @@ def passes(
 
 
 def measure(
-    problem: Problem, device: torch.device, settings: list[TileOptions], topk: int, repeats: int
+    problem: Problem,
+    device: torch.device,
+    settings: list[TileOptions],
+    topk: int,
+    repeats: int,
+    limits: tuple[float, float],
 ) -> list[dict[str, Any]]:
-    """One record per setting and pass."""
-    flop_rate, byte_rate = machine_limits(device, getattr(torch, problem.dtype), repeats)
+    """One record per setting and pass. `limits`: what `machine_limits` found."""
+    flop_rate, byte_rate = limits
     records = []
     for options in settings:
         traffic = problem.bytes(options.backend)
@@ -230,7 +237,9 @@ def main(argv: list[str] | None = None) -> None:
         TileOptions(backend, tokens, vocab)
         for backend, tokens, vocab in itertools.product(usable, arguments.token_tiles, arguments.vocab_tiles)
     ]
-    records = measure(problem, device, settings, arguments.topk, arguments.repeats)
+    dtype = getattr(torch, problem.dtype)
+    limits = machine_limits(device, dtype, arguments.repeats, large=device.type == "cuda")
+    records = measure(problem, device, settings, arguments.topk, arguments.repeats, limits)
     report(records, Console())
     if arguments.output:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

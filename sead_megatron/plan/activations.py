@@ -1,8 +1,8 @@
 """Bytes that a token leaves in a decoder layer between its forward and its backward pass.
 
-What autograd saves, tensor by tensor, for both layer specs. The local spec's list was compared with the saved tensors
-of real layers; Transformer Engine's is read from its source and was not run (Korthikanti et al. 2022, arXiv
-2205.05198, counts the same tensors).
+What autograd saves, tensor by tensor, for both layer specs, compared with the saved tensors of real layers: on the CPU
+for the local spec, in the rehearsal for Transformer Engine's (Korthikanti et al. 2022, arXiv 2205.05198, counts the
+same tensors).
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ class ActivationShape:
     element_bytes: int
     fused: bool
     """Transformer Engine's layers with their fused rope, SwiGLU and norms."""
+    linear_input_bytes: float
+    """Of an element that a linear layer keeps of its input; `element_bytes`, or less where it keeps it in FP8."""
 
     @property
     def sequence_cut(self) -> int:
@@ -55,7 +57,7 @@ def final_norm_bytes(config: HFConfig, shape: ActivationShape) -> float:
 def _sublayer_bytes(config: HFConfig, shape: ActivationShape) -> float:
     """A norm over the hidden size, and the input of the first linear layer."""
     width = config.hidden_size / shape.sequence_cut
-    return shape.norm_bytes(width) + shape.element_bytes * width
+    return shape.norm_bytes(width) + shape.linear_input_bytes * width
 
 
 def _attention_bytes(config: HFConfig, layer: LayerConfig, shape: ActivationShape) -> float:
@@ -66,17 +68,20 @@ def _attention_bytes(config: HFConfig, layer: LayerConfig, shape: ActivationShap
         return total
     queries = config.num_attention_heads * config.head_dim / shape.tensor
     keys = layer.num_key_value_heads * config.head_dim / shape.tensor
-    # The fused projection (the values are a view of it), rotated queries and keys, the attention's output.
-    elements = (queries + 2 * keys) + (queries + keys) + queries
-    if not shape.fused:
-        # Segments' outputs are copied into one tensor; cosines and sines are kept by every layer, twice.
-        elements += queries + 4 * config.head_dim
+    qk_norm = FAMILIES[config.architecture].qk_norm
+    if shape.fused:
+        # Rotated queries and keys, a copy of the values, and the output, which the next layer keeps as it is.
+        elements = queries + 2 * keys + queries
+        # Transformer Engine's norm of a head keeps its input; a norm of all heads is torch's, in float32.
+        normed = {"none": 0, "head": shape.element_bytes, "full": 8}[qk_norm] * (queries + keys)
+    else:
+        # The fused projection (the values are a view of it), rotated queries and keys, the attention's output, and a
+        # copy of it, from segments into one tensor; cosines and sines are kept by every layer, twice.
+        elements = (queries + 2 * keys) + (queries + keys) + 2 * queries + 4 * config.head_dim
+        # A head norm's input keys are a view of the projection, its input queries a copy.
+        norms = {"none": 0.0, "head": 2 * queries + keys, "full": 2 * (queries + keys)}[qk_norm]
+        normed = shape.element_bytes * norms
     log_sum_exp = 4 * config.num_attention_heads / shape.tensor
-    norms = {"none": 0.0, "head": queries, "full": queries + keys}[FAMILIES[config.architecture].qk_norm]
-    # A head norm's input keys are a view of the projection, its input queries a copy.
-    normed = shape.element_bytes * norms
-    if norms:
-        normed += shape.element_bytes * (queries + keys)
     return total + shape.element_bytes * elements + log_sum_exp + normed
 
 
@@ -86,9 +91,10 @@ def _mlp_bytes(config: HFConfig, layer: LayerConfig, shape: ActivationShape) -> 
     total = _sublayer_bytes(config, shape)
     if layer.mlp != "gated":
         return total
-    # Gate and up, and their product; unfused also two steps in between.
-    tensors = 3 if shape.fused else 5
-    return total + shape.element_bytes * tensors * layer.ffn_hidden_size / shape.tensor
+    # Gate and up, unfused also two steps in between; then their product.
+    tensors = 2 if shape.fused else 4
+    element = shape.element_bytes * tensors + shape.linear_input_bytes
+    return total + element * layer.ffn_hidden_size / shape.tensor
 
 
 def forward_bytes(config: HFConfig, shape: ActivationShape) -> float:

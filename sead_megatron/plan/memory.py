@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sead_megatron.config import TrainConfig
 from sead_megatron.config.models import ParallelConfig
@@ -299,6 +299,7 @@ class _Planner:
             config.teacher.parallel.sequence_parallel,
             self._teacher_element,
             self._fused,
+            self._teacher_element,
         )
         token_bytes = [forward_bytes(teacher, shape) for teacher in run.teachers]
         if run.teacher_layout.pipeline > 1:
@@ -323,13 +324,19 @@ class _Planner:
         run, config = self._run, self._run.config
         layout = run.student_layout
         shape = ActivationShape(
-            layout.tensor, config.student.parallel.sequence_parallel, self._student_element, self._fused
+            layout.tensor,
+            config.student.parallel.sequence_parallel,
+            self._student_element,
+            self._fused,
+            self._student_element,
         )
         first = sum(self._student_stages[:stage])
-        layers = run.student.layers[first : first + self._student_stages[stage]]
-        saved = [layer_bytes(run.student, layer, shape) for layer in layers]
+        saved = [
+            layer_bytes(run.student, run.student.layers[i], self._shape_of_layer(i, shape))
+            for i in range(first, first + self._student_stages[stage])
+        ]
         if config.student.recompute == "full":
-            kept = len(layers) * input_bytes(run.student, shape)
+            kept = len(saved) * input_bytes(run.student, shape)
             working = max(saved)
         else:
             kept, working = sum(saved), 0.0
@@ -346,6 +353,16 @@ class _Planner:
             if self._hidden_on_device():
                 terms["teacher hidden states"] = self._hidden_bytes(layout.data)
         return terms
+
+    def _shape_of_layer(self, layer: int, shape: ActivationShape) -> ActivationShape:
+        """`shape`, with inputs in FP8 where the student's layer computes in FP8."""
+        precision = self._run.config.precision
+        kept = precision.first_last_bfloat16 and layer in (0, self._run.student.num_layers - 1)
+        if precision.student not in FP8_RECIPES or kept:
+            return shape
+        # Scales: of 128 elements in float32, of 32 in a byte, or one of the tensor.
+        scales = {"fp8_blockwise": 4 / 128, "fp8_mxfp8": 1 / 32}
+        return replace(shape, linear_input_bytes=1 + scales.get(precision.student, 0.0))
 
     def _microbatches(self) -> int:
         """Rows of a replica at the longest responses."""

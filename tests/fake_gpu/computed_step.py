@@ -24,13 +24,6 @@ def hide_transformer_engine() -> None:
     sys.modules["transformer_engine"] = None  # type: ignore[assignment]
 
 
-def compute_cuda_tiles() -> None:
-    """The CUDA C++ tile kernels, built for the host: on the same memory, thousands of times slower."""
-    from sead_kernels.split_kl.cuda import build, tiles
-
-    tiles._architecture = lambda device_index: build.EMULATED  # type: ignore[assignment]
-
-
 def join_world(kind: Literal["cpu", "cuda"]) -> torch.device:
     """The process group, and the CPU's redirections there.
 
@@ -149,13 +142,6 @@ def main() -> None:
     """Runs the cases that the arguments describe; rank 0 saves the numbers of each beside the report."""
     arguments, report = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     hide_transformer_engine()
-    if arguments["on_gpu"]:
-        import computing
-        import triton_on_host
-
-        computing.install()
-        triton_on_host.install()
-        compute_cuda_tiles()
     torch.set_num_threads(1)
     device = join_world("cuda" if arguments["on_gpu"] else "cpu")
     for name, case in arguments["cases"].items():

@@ -2,9 +2,10 @@
 
     python -m torch.distributed.run --nproc-per-node 1 tests/fake_gpu/full_size.py ARGUMENTS.json REPORT.json
 
-ARGUMENTS: `config`, `overrides`, `world` and `rank`, the rank that is played; `rollouts` of each student replica. No
-weights are read: there are none, and memory that nobody writes costs nothing. Every rollout is as long as the
-configuration allows, as the plan assumes.
+ARGUMENTS: `config`, `overrides`, `world` and `rank`, the rank that is played; `rollouts` of each student replica;
+`checkpoint`, a folder or null: of a world of one rank, the state is saved there and restored. No weights are read:
+there are none, and memory that nobody writes costs nothing. Every rollout is as long as the configuration allows, as
+the plan assumes.
 """
 
 from __future__ import annotations
@@ -135,6 +136,42 @@ def calibration_prompts(config: Any) -> list[Any]:
     ]
 
 
+def keep(student: Any, directory: Path) -> dict[str, Any]:
+    """Fills the state with numbers, by copies from the host, and saves it; the numbers by key and place."""
+    import torch
+
+    from sead_megatron.training.checkpoint import Checkpointer
+    from sead_megatron.training.checkpoint_shards import ModelShards
+
+    generator, numbers = torch.Generator().manual_seed(0), {}
+    for shard in ModelShards(student, None).needed(moments=True):
+        numbers[f"{shard.key} {shard.offsets}"] = torch.rand(shard.sizes, generator=generator).to(
+            shard.data.dtype
+        )
+        shard.data.copy_(numbers[f"{shard.key} {shard.offsets}"])
+    checkpoints = Checkpointer(directory, 1, student)
+    checkpoints.save(2, {"schedule": student.optimizer.state_dict()})
+    checkpoints.finish()
+    return numbers
+
+
+def restore(student: Any, directory: Path, numbers: dict[str, Any]) -> list[str]:
+    """Loads what `keep` saved into new models; the tensors that are not the same to the bit."""
+    import torch
+
+    from sead_megatron.training.checkpoint import find_checkpoint
+    from sead_megatron.training.checkpoint_reader import load_checkpoint
+    from sead_megatron.training.checkpoint_shards import ModelShards
+
+    found = find_checkpoint(directory)
+    assert found is not None and found.step == 2
+    load_checkpoint(found, student)
+    student.optimizer.load_state_dict(found.state["schedule"])
+    shards = {f"{s.key} {s.offsets}": s.data for s in ModelShards(student, None).needed(moments=True)}
+    assert shards.keys() == numbers.keys()
+    return [name for name, value in numbers.items() if not torch.equal(shards[name].cpu(), value)]
+
+
 def planned(config: Any, world: int, rank: int, rollouts: int) -> dict[str, dict[str, int]]:
     """Bytes that the plan expects in each phase of a step of so many rollouts, by term; the engine is not here."""
     from sead_megatron.models.hf_config import read_hf_config
@@ -168,6 +205,7 @@ def run(arguments: dict[str, Any]) -> dict[str, Any]:
 
     from sead_megatron.config import load_config
     from sead_megatron.models.export import HFStream
+    from sead_megatron.parallel.groups import destroy_groups
     from sead_megatron.training import job
     from sead_megatron.training.models import build_models
     from sead_megatron.training.step_plan import plan_step
@@ -202,12 +240,22 @@ def run(arguments: dict[str, Any]) -> dict[str, Any]:
     elements = sum(tensor.numel() for _, tensor in HFStream(student.model, config.rollout.sync_bucket_mib))
     readings["sync"] = gauge.read()
     rows = len(plan.student[student.model.groups.dp_rank])
+    kept: dict[str, Any] = {}
+    if arguments["checkpoint"] is not None:
+        directory = Path(arguments["checkpoint"])
+        numbers = keep(student, directory)
+        destroy_groups()
+        models = build_models(config, device)
+        kept = {"tensors": len(numbers), "different": restore(models.student, directory, numbers)}
+        update = models.student.train_step(plan, models.teachers.score(plan), coefficients)
+        kept["applied"] = update.applied
     return {
         "readings": readings,
         "planned": planned(config, arguments["world"], arguments["rank"], len(plan.rollouts)),
         "microbatches": rows,
         "streamed": elements,
         "attention": sorted(attention),
+        "checkpoint": kept,
     }
 
 

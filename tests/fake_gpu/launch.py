@@ -12,12 +12,15 @@ from typing import Any
 from tests.fake_gpu.environment import ROOT, Environment
 
 HERE = Path(__file__).parent
+# Every process computes with the CPU's operators (`computing_site/`), Triton's kernels in its interpreter.
+COMPUTING = {"FAKE_COMPUTE": "1", "TRITON_INTERPRET": "1"}
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sead_megatron_rehearsal"
 
 
 def fake_environment(environment: Environment, settings: dict[str, str]) -> dict[str, str]:
     """Variables of a program in an environment; `settings` are added (FAKE_*, VLLM_*)."""
-    paths = (ROOT, ROOT / "tests", ROOT / "tests" / "distributed" / "programs", HERE, environment.packages)
+    programs = ROOT / "tests" / "distributed" / "programs"
+    paths = (ROOT, ROOT / "tests", programs, HERE, HERE / "computing_site", environment.packages)
     return {
         name: value for name, value in os.environ.items() if not name.startswith(("LD_", "PYTEST", "FAKE_"))
     } | {

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.fake_gpu.environment import Environment
-from tests.fake_gpu.launch import run_program
+from tests.fake_gpu.launch import COMPUTING, run_program
 from tests.tiny_models import save_tiny_llama
 
 # Relative differences in norm. On one and two ranks the first forward pass is equal in every bit. A backward pass is
@@ -124,7 +124,7 @@ def test_updates_are_the_cpus(
             folder,
             ranks=ranks,
             timeout=900,
-            settings={"TRITON_INTERPRET": "1"},
+            settings=COMPUTING if device == "cuda" else {},
             on_gpu=device == "cuda",
             cases=cases,
         )

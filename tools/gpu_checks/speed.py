@@ -39,18 +39,18 @@ def run(context: Context) -> None:
     usable = [
         name for name, backend in BACKENDS.items() if backend.unavailable(device, torch.float32) is None
     ]
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = torch.bfloat16 if context.large else torch.float32
     problem, tiles, shape, repeats = (PROBLEM, TILES, SHAPE, 5)
-    if not context.on_gpu:
+    if not context.large:
         problem, tiles, shape, repeats = (SMALL_PROBLEM, SMALL_TILES, SMALL_SHAPE, 1)
-    flops, rate = machine_limits(device, dtype, repeats)
-    report.number("limits", {"gemm_tflops": flops / 1e12, "copy_gigabytes_per_second": rate / 1e9})
+    limits = machine_limits(device, dtype, repeats, large=context.large)
+    report.number("limits", {"gemm_tflops": limits[0] / 1e12, "copy_gigabytes_per_second": limits[1] / 1e9})
     records: list[dict[str, Any]] = []
     for name in usable:
         with report.part(name):
             # One tile is enough for fused kernels: their logits have none.
             settings = [TileOptions(name, *tile) for tile in (tiles[:1] if name == "triton" else tiles)]
-            records += measure(problem, device, settings, TOPK if context.on_gpu else 8, repeats)
+            records += measure(problem, device, settings, TOPK if context.large else 8, repeats, limits)
             report.number("passes", records)
     if records:
         report.number("fastest", fastest(records))
@@ -96,7 +96,7 @@ def _measured(
         inputs.hidden.grad = inputs.weight.grad = None
         return variant.run(inputs, options)
 
-    row: dict[str, Any] = {"loss": None if context.report.rehearse else call()}
+    row: dict[str, Any] = {"loss": call()}
     if device.type == "cuda":
         inputs.hidden.grad = inputs.weight.grad = None
         gc.collect()
