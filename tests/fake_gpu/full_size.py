@@ -88,6 +88,21 @@ def play_values_that_kernels_would_give() -> None:
     cuda_build._NVCC_FLAGS = tuple("shared" if flag == "static" else flag for flag in cuda_build._NVCC_FLAGS)
 
 
+def play_shapes_of_other_stages(tokens: int) -> None:
+    """What a stage is told before it receives; every row has so many tokens. (A real run waits for it each time.)"""
+    from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+
+    def shapes(
+        self: Any, send_next: Any, send_prev: Any, recv_prev: bool, recv_next: bool
+    ) -> tuple[Any, Any]:
+        config = self.config
+        parts = config.tensor_model_parallel_size if config.sequence_parallel else 1
+        shape = [-(-tokens // parts), 1, config.hidden_size]
+        return (shape if recv_prev else None, shape if recv_next else None)
+
+    P2PCommunicator._communicate_shapes = shapes
+
+
 def longest_rollouts(config: Any, count: int) -> list[Any]:
     """As long as the configuration allows."""
     import numpy as np
@@ -217,6 +232,7 @@ def run(arguments: dict[str, Any]) -> dict[str, Any]:
     attention = te_attention.install()
     skip_weight_files()
     play_values_that_kernels_would_give()
+    play_shapes_of_other_stages(config.rollout.max_model_len)
     gauge = Gauge(device)
     gauge.start()
     models = build_models(config, device, calibration_prompts(config))
