@@ -45,7 +45,7 @@ test-slow: install ## all other tests: cross products, seeded faults, a real che
 
 rehearse: install ## the GPU path without a GPU: real CUDA wheels on a fake CUDA (20 GB, built once in .rehearsal)
 	$(BIN)/python tests/fake_gpu/environment.py $(REHEARSAL) $(if $(PYTHON312),--python312 $(PYTHON312))
-	$(BIN)/python -m pytest tests/fake_gpu --rehearsal $(REHEARSAL) --results benchmarks/results/rehearsal.json
+	$(BIN)/python -m pytest tests/fake_gpu --numprocesses 2 --dist worksteal --rehearsal $(REHEARSAL) --results benchmarks/results/rehearsal.json
 
 $(VENV)-bench/.installed: pyproject.toml requirements/bench.txt
 	$(PYTHON) -m venv $(VENV)-bench

@@ -7,13 +7,15 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.fake_gpu.environment import ROOT, Environment, environments
+
+MEASURED = "measured"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -26,6 +28,9 @@ def pytest_configure(config: pytest.Config) -> None:
     library = config.getoption("--rehearsal").absolute() / "vllm-0.33" / "cuda" / "lib" / "libcuda.so.1"
     if library.exists():
         os.environ["FAKE_CUDA_LIB"] = str(library)
+    results = config.getoption("--results")
+    if results is not None and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Results(results.absolute()))
 
 
 @pytest.fixture(scope="session")
@@ -44,18 +49,41 @@ def newest(pairs: dict[str, Environment]) -> Environment:
     return pairs["vllm-0.33"]
 
 
-@pytest.fixture(scope="session")
-def measurements(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
-    """What cases add to the results file, by their names."""
-    found: dict[str, Any] = {}
-    yield found
-    if path := request.config.getoption("--results"):
+@pytest.fixture
+def measure(request: pytest.FixtureRequest) -> Callable[[str, dict[str, Any]], None]:
+    """Adds what a case measured to the results file, under a name."""
+
+    def add(name: str, values: dict[str, Any]) -> None:
+        request.node.user_properties.append((MEASURED, (name, values)))
+
+    return add
+
+
+class Results:
+    """Collects what the cases of all worker processes measured, and how long they took."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._seconds: dict[str, float] = {}
+        self._cases: dict[str, Any] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Takes up a case that has run."""
+        if report.when == "call":
+            name = report.nodeid.removeprefix("tests/fake_gpu/")
+            self._seconds[name] = round(report.duration, 1)
+            self._cases |= dict(value for key, value in report.user_properties if key == MEASURED)
+
+    def pytest_sessionfinish(self) -> None:
+        """Writes the file."""
         commit = subprocess.run(
             ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
         )
-        header = {
+        content = {
             "date": datetime.date.today().isoformat(),
             "commit": commit.stdout.strip()[:9],
             "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+            "seconds": dict(sorted(self._seconds.items())),
+            "cases": dict(sorted(self._cases.items())),
         }
-        path.write_text(json.dumps(header | {"cases": dict(sorted(found.items()))}, indent=1) + "\n")
+        self._path.write_text(json.dumps(content, indent=1) + "\n")

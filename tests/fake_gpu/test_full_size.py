@@ -6,7 +6,7 @@ They do so in the memory that the plan says, and wait for the device only where 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ PAIRS = {
     "qwen3_1p7b_8b": ("qwen3_1p7b", "qwen3_8b"),
 }
 RANKS = (0, 15, 31)
+Measure = Callable[[str, dict[str, Any]], None]
 
 # Beside the examples as they are: every other precision, recomputed layers off or on, and the kernels' other backend.
 VARIANTS: dict[str, tuple[str, int, list[str]]] = {
@@ -97,32 +98,30 @@ def check_memory(ratios: dict[str, float]) -> None:
 
 @pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize("example", PAIRS)
-def test_examples(
-    newest: Environment, tmp_path: Path, measurements: dict[str, Any], example: str, rank: int
-) -> None:
+def test_examples(newest: Environment, tmp_path: Path, measure: Measure, example: str, rank: int) -> None:
     """The first, a middle and the last rank of the examples' 32."""
     report = rehearse(newest, tmp_path, example, rank, [])
     ratios = check_report(report)
-    measurements[f"{example}, rank {rank}"] = report | {"of the plan": ratios}
+    measure(f"{example}, rank {rank}", report | {"of the plan": ratios})
     check_memory(ratios)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_variants(newest: Environment, tmp_path: Path, measurements: dict[str, Any], name: str) -> None:
+def test_variants(newest: Environment, tmp_path: Path, measure: Measure, name: str) -> None:
     """Other precisions and switches of the same examples."""
     example, rank, overrides = VARIANTS[name]
     report = rehearse(newest, tmp_path, example, rank, overrides)
     ratios = check_report(report)
-    measurements[f"{example}, {name}"] = report | {"of the plan": ratios}
+    measure(f"{example}, {name}", report | {"of the plan": ratios})
     check_memory(ratios)
 
 
 @pytest.mark.parametrize("rank", RANKS)
-def test_pipeline(newest: Environment, tmp_path: Path, measurements: dict[str, Any], rank: int) -> None:
+def test_pipeline(newest: Environment, tmp_path: Path, measure: Measure, rank: int) -> None:
     """A first, a middle and a last stage of the teacher, and both of the student."""
     report = rehearse(newest, tmp_path, "qwen3_1p7b_8b", rank, PIPELINE)
     ratios = check_report(report, "pipeline_step")
-    measurements[f"qwen3_1p7b_8b, pipeline, rank {rank}"] = report | {"of the plan": ratios}
+    measure(f"qwen3_1p7b_8b, pipeline, rank {rank}", report | {"of the plan": ratios})
     check_memory(ratios)
 
 
