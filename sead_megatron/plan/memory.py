@@ -228,12 +228,15 @@ class _Planner:
 
     def _frozen_element_of(self, model: HFConfig, shard: ParameterShard, modelopt: bool) -> float:
         """Bytes of an element of a frozen model's parameter, FP8's scales included."""
-        precision = self._run.config.precision
-        kept = precision.first_last_bfloat16 and shard.layer in (0, model.num_layers - 1)
-        quantised = precision.teacher in FP8_RECIPES or modelopt
-        if not quantised or not shard.is_matrix or kept:
+        recipe = self._run.config.precision.teacher
+        quantised = recipe in FP8_RECIPES or modelopt
+        if not quantised or not shard.is_matrix or self._stays_bfloat16(model, shard.layer):
             return self._teacher_element
-        return {"fp8_blockwise": 1 + 4 / 128**2, "fp8_mxfp8": 1 + 1 / 32}.get(precision.teacher, 1.0)
+        return {"fp8_blockwise": 1 + 4 / 128**2, "fp8_mxfp8": 1 + 1 / 32}.get(recipe, 1.0)
+
+    def _stays_bfloat16(self, model: HFConfig, layer: int | None) -> bool:
+        """Whether FP8 leaves a layer as it is."""
+        return self._run.config.precision.first_last_bfloat16 and layer in (0, model.num_layers - 1)
 
     def _output_bytes(self, frozen: HFConfig, stage: int) -> int:
         """A frozen model's output layer, in the student's partition."""
@@ -356,13 +359,12 @@ class _Planner:
 
     def _shape_of_layer(self, layer: int, shape: ActivationShape) -> ActivationShape:
         """`shape`, with inputs in FP8 where the student's layer computes in FP8."""
-        precision = self._run.config.precision
-        kept = precision.first_last_bfloat16 and layer in (0, self._run.student.num_layers - 1)
-        if precision.student not in FP8_RECIPES or kept:
+        recipe = self._run.config.precision.student
+        if recipe not in FP8_RECIPES or self._stays_bfloat16(self._run.student, layer):
             return shape
         # Scales: of 128 elements in float32, of 32 in a byte, or one of the tensor.
         scales = {"fp8_blockwise": 4 / 128, "fp8_mxfp8": 1 / 32}
-        return replace(shape, linear_input_bytes=1 + scales.get(precision.student, 0.0))
+        return replace(shape, linear_input_bytes=1 + scales.get(recipe, 0.0))
 
     def _microbatches(self) -> int:
         """Rows of a replica at the longest responses."""

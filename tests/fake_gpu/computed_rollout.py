@@ -91,6 +91,7 @@ def run(arguments: dict[str, Any]) -> dict[str, Any]:
     """What was generated in two rounds, and how far it is from transformers' numbers."""
     import torch
     import torch.distributed as dist
+    from computed_step import join_world
     from engine_life import name_the_runtime
     from transformers import AutoModelForCausalLM
 
@@ -99,8 +100,7 @@ def run(arguments: dict[str, Any]) -> dict[str, Any]:
 
     name_the_runtime()
     choose_operators_that_compute()
-    torch.cuda.set_device(0)
-    dist.init_process_group("nccl", device_id=torch.device("cuda", 0))
+    join_world("cuda")
     path = arguments["model"]
     engine = start_engine(path, arguments["asynchronous"])
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)

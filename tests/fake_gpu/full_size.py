@@ -151,40 +151,31 @@ def calibration_prompts(config: Any) -> list[Any]:
     ]
 
 
-def keep(student: Any, directory: Path) -> dict[str, Any]:
-    """Fills the state with numbers, by copies from the host, and saves it; the numbers by key and place."""
-    import torch
-
-    from sead_megatron.training.checkpoint import Checkpointer
+def state_of(student: Any) -> dict[str, Any]:
+    """Everything of a checkpoint that is a tensor, by key and place: views of the model's and optimizer's memory."""
     from sead_megatron.training.checkpoint_shards import ModelShards
 
+    return {f"{s.key} {s.offsets}": s.data for s in ModelShards(student, None).needed(moments=True)}
+
+
+def fill(student: Any) -> dict[str, Any]:
+    """Random numbers in the state of a student, by copies from the host."""
+    import torch
+
     generator, numbers = torch.Generator().manual_seed(0), {}
-    for shard in ModelShards(student, None).needed(moments=True):
-        numbers[f"{shard.key} {shard.offsets}"] = torch.rand(shard.sizes, generator=generator).to(
-            shard.data.dtype
-        )
-        shard.data.copy_(numbers[f"{shard.key} {shard.offsets}"])
-    checkpoints = Checkpointer(directory, 1, student)
-    checkpoints.save(2, {"schedule": student.optimizer.state_dict()})
-    checkpoints.finish()
+    for name, tensor in state_of(student).items():
+        numbers[name] = torch.rand(tensor.shape, generator=generator).to(tensor.dtype)
+        tensor.copy_(numbers[name])
     return numbers
 
 
-def restore(student: Any, directory: Path, numbers: dict[str, Any]) -> list[str]:
-    """Loads what `keep` saved into new models; the tensors that are not the same to the bit."""
+def different(student: Any, numbers: dict[str, Any]) -> list[str]:
+    """Names of the tensors that do not hold these numbers to the bit."""
     import torch
 
-    from sead_megatron.training.checkpoint import find_checkpoint
-    from sead_megatron.training.checkpoint_reader import load_checkpoint
-    from sead_megatron.training.checkpoint_shards import ModelShards
-
-    found = find_checkpoint(directory)
-    assert found is not None and found.step == 2
-    load_checkpoint(found, student)
-    student.optimizer.load_state_dict(found.state["schedule"])
-    shards = {f"{s.key} {s.offsets}": s.data for s in ModelShards(student, None).needed(moments=True)}
-    assert shards.keys() == numbers.keys()
-    return [name for name, value in numbers.items() if not torch.equal(shards[name].cpu(), value)]
+    state = state_of(student)
+    assert state.keys() == numbers.keys()
+    return [name for name, value in numbers.items() if not torch.equal(state[name].cpu(), value)]
 
 
 def planned(config: Any, world: int, rank: int, rollouts: int) -> dict[str, dict[str, int]]:
@@ -217,6 +208,7 @@ def planned(config: Any, world: int, rank: int, rollouts: int) -> dict[str, dict
 def run(arguments: dict[str, Any]) -> dict[str, Any]:
     """What was measured, beside what the plan says."""
     import te_attention
+    from computed_step import load, save
 
     from sead_megatron.config import load_config
     from sead_megatron.models.export import HFStream
@@ -259,10 +251,12 @@ def run(arguments: dict[str, Any]) -> dict[str, Any]:
     kept: dict[str, Any] = {}
     if arguments["checkpoint"] is not None:
         directory = Path(arguments["checkpoint"])
-        numbers = keep(student, directory)
+        numbers = fill(student)
+        save(models, directory)
         destroy_groups()
         models = build_models(config, device)
-        kept = {"tensors": len(numbers), "different": restore(models.student, directory, numbers)}
+        load(models, directory)
+        kept = {"tensors": len(numbers), "different": different(models.student, numbers)}
         update = models.student.train_step(plan, models.teachers.score(plan), coefficients)
         kept["applied"] = update.applied
     return {

@@ -70,7 +70,7 @@ def rehearse(
     return report
 
 
-def check_report(report: dict[str, Any], steps: str = "step") -> dict[str, float]:
+def check_report(report: dict[str, Any], steps: str) -> dict[str, float]:
     """Measured over planned memory by phase, after everything else has been checked. `steps`: whose bounds hold."""
     readings = report["readings"]
     assert report["microbatches"] > 1
@@ -90,8 +90,10 @@ def check_report(report: dict[str, Any], steps: str = "step") -> dict[str, float
     }
 
 
-def check_memory(ratios: dict[str, float]) -> None:
-    """Within the stated share of the plan, in both directions."""
+def check(name: str, report: dict[str, Any], measure: Measure, steps: str = "step") -> None:
+    """All of a report; its memory is within the stated share of the plan, in both directions."""
+    ratios = check_report(report, steps)
+    measure(name, report | {"of the plan": ratios})
     for phase, tolerance in BOUNDS["memory"].items():
         assert abs(ratios[phase] - 1) <= tolerance, f"{phase}: {ratios[phase]:.3f} of the plan ({ratios})"
 
@@ -101,9 +103,7 @@ def check_memory(ratios: dict[str, float]) -> None:
 def test_examples(newest: Environment, tmp_path: Path, measure: Measure, example: str, rank: int) -> None:
     """The first, a middle and the last rank of the examples' 32."""
     report = rehearse(newest, tmp_path, example, rank, [])
-    ratios = check_report(report)
-    measure(f"{example}, rank {rank}", report | {"of the plan": ratios})
-    check_memory(ratios)
+    check(f"{example}, rank {rank}", report, measure)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -111,18 +111,14 @@ def test_variants(newest: Environment, tmp_path: Path, measure: Measure, name: s
     """Other precisions and switches of the same examples."""
     example, rank, overrides = VARIANTS[name]
     report = rehearse(newest, tmp_path, example, rank, overrides)
-    ratios = check_report(report)
-    measure(f"{example}, {name}", report | {"of the plan": ratios})
-    check_memory(ratios)
+    check(f"{example}, {name}", report, measure)
 
 
 @pytest.mark.parametrize("rank", RANKS)
 def test_pipeline(newest: Environment, tmp_path: Path, measure: Measure, rank: int) -> None:
     """A first, a middle and a last stage of the teacher, and both of the student."""
     report = rehearse(newest, tmp_path, "qwen3_1p7b_8b", rank, PIPELINE)
-    ratios = check_report(report, "pipeline_step")
-    measure(f"qwen3_1p7b_8b, pipeline, rank {rank}", report | {"of the plan": ratios})
-    check_memory(ratios)
+    check(f"qwen3_1p7b_8b, pipeline, rank {rank}", report, measure, "pipeline_step")
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "fp8_tensorwise"])
